@@ -29,34 +29,37 @@ def raise_problems(problems: list[str]) -> None:
     if len(problems) == 1:
         raise ValueError(problems[0])
     if problems:
-        raise ValueError(f"{len(problems)} options are wrong:\n" + "\n".join(f"  - {text}" for text in problems))
+        lines = "\n".join(f"  - {text}" for text in problems)
+        raise ValueError(f"{len(problems)} options are wrong:\n{lines}")
 
 
 @dataclass(kw_only=True)
 class DistillationOptions:
     """What to compare and how to weigh it. `loss = (1 - alpha) * task + alpha * T^2 * divergence`."""
 
-    alpha: float = _option(0.5, "weight of distillation in [0, 1]; 1 needs no labels, 0 never calls the teacher")
-    alpha_end: float | None = _option(None, "value of alpha at the end of training, reached by --alpha_schedule")
-    alpha_schedule: str = _option("constant", "path from alpha to alpha_end: constant, linear or cosine")
-    temperature: float = _option(2.0, "softens both distributions; the term is multiplied by its square")
-    temperature_end: float | None = _option(None, "temperature at the end, reached by --temperature_schedule")
-    temperature_schedule: str = _option("constant", "path to temperature_end: constant, linear or cosine")
-    teacher_temperature: float | None = _option(None, "temperature of the teacher alone (default: temperature)")
+    alpha: float = _option(0.5, "weight of distillation, 0 to 1; at 1 no labels are needed")
+    alpha_end: float | None = _option(None, "value of alpha at the end of training")
+    alpha_schedule: str = _option("constant", "path from alpha to alpha_end: constant, linear, cosine")
+    temperature: float = _option(2.0, "softens both distributions; the term is scaled by T^2")
+    temperature_end: float | None = _option(None, "temperature at the end of training")
+    temperature_schedule: str = _option("constant", "path to temperature_end: constant, linear, cosine")
+    teacher_temperature: float | None = _option(None, "temperature of the teacher, if another")
     divergence: Callable[..., Any] | str | None = _option(
-        "auto", "what to minimise: auto, forward_kl, reverse_kl, jsd ... or package.module:function"
+        "auto", "auto, forward_kl, reverse_kl, jsd, tvd ... or package.module:function"
     )
     divergence_options: dict[str, Any] | str | None = _option(
-        None, """parameters of the divergence, JSON on the command line: '{"beta": 0.3}'"""
+        None, """its parameters as JSON: '{"beta": 0.3}'"""
     )
-    supervise: str = _option("auto", "masked-LM positions that count: auto (= masked), masked, all")
-    kl_threshold: float | None = _option(None, "stop at the evaluation whose eval_kl (nats) is at or below this")
-    teacher_dtype: str | None = _option(None, "dtype of the teacher (default: its checkpoint's): bfloat16 ...")
-    teacher_device_map: str | None = _option(None, "device map of the teacher (default: the training device)")
+    supervise: str = _option("auto", "positions that count in masked LM: auto, masked, all")
+    kl_threshold: float | None = _option(
+        None, "stop at the evaluation whose eval_kl is not above this"
+    )
+    teacher_dtype: str | None = _option(None, "dtype of the teacher (default: its checkpoint's)")
+    teacher_device_map: str | None = _option(None, "device map of the teacher (default: training device)")
     teacher_revision: str | None = _option(None, "branch, tag or commit of the teacher on the Hub")
     trust_remote_code: bool = _option(False, "run model code that comes with a checkpoint")
     fused: str = _option("auto", "loss without [tokens, vocabulary] logits: auto, on, off")
-    fused_chunk_mib: int = _option(256, "memory the fused loss may use beyond its gradients, in MiB")
+    fused_chunk_mib: int = _option(256, "MiB that the fused loss may use beyond its gradients")
 
     def distillation_problems(self) -> list[str]:
         """Every problem of these options, each with the option's name, its value and the fix."""
@@ -64,15 +67,15 @@ class DistillationOptions:
         for name in ("alpha", "alpha_end"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
-                found.append(f"{name}={value} is outside [0, 1]: it is the weight of distillation, set e.g. {name}=0.5")
+                found.append(f"{name}={value} is outside [0, 1]: it is a weight, set e.g. {name}=0.5")
         for name in ("temperature", "temperature_end", "teacher_temperature"):
             value = getattr(self, name)
             if value is not None and not (0.0 < value < math.inf):
-                found.append(f"{name}={value} is not a positive number: set e.g. {name}=2.0")
+                found.append(f"{name}={value} is not above 0 and finite: set e.g. {name}=2.0")
         if self.kl_threshold is not None and not self.kl_threshold > 0.0:
-            found.append(f"kl_threshold={self.kl_threshold} can never be reached: a KL is positive, set e.g. 0.01")
+            found.append(f"kl_threshold={self.kl_threshold} is never reached: set a small positive number")
         if self.fused_chunk_mib < 1:
-            found.append(f"fused_chunk_mib={self.fused_chunk_mib} leaves no memory: set at least 1 (default 256)")
+            found.append(f"fused_chunk_mib={self.fused_chunk_mib} is below 1: set e.g. 256")
         for name, known in (
             ("alpha_schedule", SCHEDULE_NAMES),
             ("temperature_schedule", SCHEDULE_NAMES),
@@ -105,39 +108,39 @@ class RunOptions:
     """Models and data of one run from the command line; the Python API takes objects instead."""
 
     teacher: str | None = _option(None, "Hub id or directory of the teacher")
-    student: str | None = _option(None, "Hub id or directory of the student, if it is a checkpoint of its own")
-    student_layers: int | None = _option(None, "or: cut the student from the teacher, keeping this many layers")
+    student: str | None = _option(None, "Hub id or directory of a student")
+    student_layers: int | None = _option(None, "or: a student cut from the teacher, with this many layers")
     student_config: dict[str, Any] | str | None = _option(
-        None, """or: a fresh student like the teacher but for this JSON: '{"hidden_size": 64}'"""
+        None, """or: a fresh one, like the teacher but for this JSON"""
     )
     teacher_config: dict[str, Any] | str | None = _option(
-        None, """a teacher from scratch instead of --teacher: '{"model_type": "vit", ...}'"""
+        None, """instead of --teacher: one from scratch, '{"model_type": "vit"}'"""
     )
-    train_teacher: bool = _option(False, "train the teacher on the task first, and keep it in output_dir/teacher")
+    train_teacher: bool = _option(False, "train the teacher first, into output_dir/teacher")
     teacher_epochs: float | None = _option(None, "epochs of that training (default: num_train_epochs)")
     teacher_learning_rate: float | None = _option(None, "its learning rate (default: learning_rate)")
     teacher_batch_size: int | None = _option(None, "its batch size (default: per_device_train_batch_size)")
-    control: bool = _option(True, "also train the same student without the teacher, to measure the gain")
+    control: bool = _option(True, "also train the same student without the teacher, to compare")
     processor: str | None = _option(None, "tokenizer or image processor (default: the teacher's)")
-    task: str | None = _option(None, "e.g. sequence-classification, causal-lm (default: from the teacher's class)")
+    task: str | None = _option(None, "e.g. causal-lm (default: from the teacher's class)")
     problem_type: str | None = _option(
-        None, "of a classifier: single_label_classification, multi_label_classification, regression"
+        None, "single_label_classification, multi_label_classification, regression"
     )
-    num_labels: int | None = _option(None, "number of labels of a new head (default: from the data)")
-    metrics: list[str] | None = _option(None, "evaluate metrics; the first one ranks models (default: by task)")
-    dataset: str | None = _option(None, "Hub id, directory, csv/tsv/json/jsonl/parquet/txt file, or builtin:digits")
+    num_labels: int | None = _option(None, "labels of a new head (default: from the data)")
+    metrics: list[str] | None = _option(None, "evaluate metrics, the main one first (default: by task)")
+    dataset: str | None = _option(None, "Hub id, directory, csv/tsv/json/parquet/txt file, builtin:digits")
     dataset_config: str | None = _option(None, "configuration of a Hub dataset, e.g. sst2 of glue")
     train_split: str = _option("train", "split to train on")
-    eval_split: str | None = _option(None, "split to evaluate on (default: validation, or a part of train)")
+    eval_split: str | None = _option(None, "split to evaluate on (default: validation, or part of train)")
     test_split: str | None = _option(None, "split of the final table (default: the evaluation split)")
     eval_file: str | None = _option(None, "file to evaluate on, where --dataset is a file")
     test_file: str | None = _option(None, "file for the final table, where --dataset is a file")
-    column_names: list[str] | None = _option(None, "column names of a csv or tsv file without a header line")
-    text_columns: list[str] | None = _option(None, "input columns, e.g. premise hypothesis (default: by task)")
+    column_names: list[str] | None = _option(None, "columns of a csv or tsv file without a header line")
+    text_columns: list[str] | None = _option(None, "input columns (default: by task)")
     label_column: str | None = _option(None, "column of the labels (default: by task)")
-    unlabelled: bool = _option(False, "the data has no labels, or they are to be ignored; needs --alpha 1")
-    max_length: int | None = _option(None, "tokens an example is cut to, or the block length of language models")
-    mlm_probability: float = _option(0.15, "share of tokens masked for masked-LM data")
+    unlabelled: bool = _option(False, "the data has no labels, or ignore them; needs --alpha 1")
+    max_length: int | None = _option(None, "tokens an example is cut to, or the block length of an LM")
+    mlm_probability: float = _option(0.15, "share of tokens that are masked in masked LM")
     max_train_samples: int | None = _option(None, "use only this many training rows")
     max_eval_samples: int | None = _option(None, "use only this many evaluation and test rows")
 
@@ -145,11 +148,13 @@ class RunOptions:
         """Every problem of these options, each with the option's name, its value and the fix."""
         found: list[str] = []
         if self.teacher and self.teacher_config:
-            found.append(f"teacher={self.teacher!r} and teacher_config={self.teacher_config} are both set: keep one")
+            found.append(f"teacher={self.teacher!r} and teacher_config={self.teacher_config}: keep one")
         if not self.teacher and not self.teacher_config:
-            found.append("teacher is not set: give a directory or Hub id, or teacher_config to make one from scratch")
+            found.append("teacher is not set: give a directory or Hub id, or teacher_config for a new one")
         if self.teacher_config and not self.train_teacher:
-            found.append("teacher_config makes an untrained teacher and train_teacher=false: set train_teacher=true")
+            found.append(
+                "train_teacher=False leaves the new teacher untrained: set train_teacher=true"
+            )
         students = {n: getattr(self, n) for n in ("student", "student_layers", "student_config")}
         given = [f"{name}={value!r}" for name, value in students.items() if value is not None]
         if len(given) > 1:
@@ -163,9 +168,10 @@ class RunOptions:
             if value is not None and not value > 0:
                 found.append(f"{name}={value} is not positive: set it above 0 or leave it out")
         if not 0.0 < self.mlm_probability < 1.0:
-            found.append(f"mlm_probability={self.mlm_probability} is outside (0, 1): the usual value is 0.15")
+            found.append(f"mlm_probability={self.mlm_probability} is outside (0, 1): set e.g. 0.15")
         if self.problem_type not in (None, *_PROBLEM_TYPES):
-            found.append(f"problem_type={self.problem_type!r} is not known: use one of {', '.join(_PROBLEM_TYPES)}")
+            known = ", ".join(_PROBLEM_TYPES)
+            found.append(f"problem_type={self.problem_type!r} is not known: use one of {known}")
         found += _mapping_problems(self, ("student_config", "teacher_config"))
         return found
 
