@@ -1,4 +1,4 @@
-"""Models from a config: the sizes that were asked for, the rest the teacher's, errors that name the nearest key."""
+"""Models from a config: the sizes asked for, the rest the teacher's, errors that name the nearest key."""
 
 from __future__ import annotations
 
