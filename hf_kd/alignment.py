@@ -1,0 +1,164 @@
+"""Which teacher class is which student class: label names for classifiers, token ids for language models."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_LABEL = re.compile(r"LABEL_\d+")
+#: Tasks whose classes are entries of a vocabulary instead of named labels.
+VOCABULARY_TASKS = ("causal-lm", "masked-lm", "seq2seq-lm", "ctc")
+#: Tasks whose classes are places in the input, the same for both models by construction.
+PLACE_TASKS = ("question-answering", "multiple-choice", "next-sentence", "image-text", "embedding")
+
+
+class AlignmentError(ValueError):
+    """Teacher and student predict different things; the message says which and what would work."""
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """How the classes of two models correspond.
+
+    Attributes:
+        order: For student class `c`, the teacher's class `order[c]`; None where they agree.
+        shared: Number of leading classes to compare; None: all. A larger model vocabulary is padding.
+        notes: What was found, in sentences worth logging.
+    """
+
+    order: tuple[int, ...] | None = None
+    shared: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def teacher(self, logits: Tensor) -> Tensor:
+        """Teacher logits `[P, C_t]` in the student's classes `[P, C]`; a new tensor where anything changes."""
+        if self.order is not None:
+            return logits[:, torch.tensor(self.order, device=logits.device)]
+        return logits if self.shared is None else logits[:, : self.shared]
+
+    def student(self, logits: Tensor) -> Tensor:
+        """The student's logits in the shared classes."""
+        return logits if self.shared is None else logits[:, : self.shared]
+
+
+def label_names(config: Any) -> list[str] | None:
+    """A config's label names in class order, or None where they are only the default `LABEL_i`."""
+    id2label = getattr(config, "id2label", None)
+    if not id2label:
+        return None
+    names = [str(id2label[key]) for key in sorted(id2label, key=int)]
+    return None if all(_DEFAULT_LABEL.fullmatch(name) for name in names) else names
+
+
+def align_labels(student: Any, teacher: Any) -> ClassMap:
+    """Match the label names of two classification configs.
+
+    Args:
+        student: The student's config.
+        teacher: The teacher's config.
+
+    Returns:
+        The permutation of the teacher's classes into the student's order.
+
+    Raises:
+        AlignmentError: If the numbers of labels differ, names exist on one side only, or the names differ.
+    """
+    counts = [getattr(config, "num_labels", None) for config in (student, teacher)]
+    if None in counts:
+        return ClassMap()
+    if counts[0] != counts[1]:
+        raise AlignmentError(
+            f"num_labels: the student has {counts[0]} labels, the teacher {counts[1]}. Give the student the teacher's "
+            "labels: from_pretrained(..., num_labels=teacher.config.num_labels, id2label=teacher.config.id2label)."
+        )
+    ours, theirs = label_names(student), label_names(teacher)
+    if ours is None and theirs is None:
+        return ClassMap()
+    if ours is None or theirs is None:
+        named, names = ("teacher", theirs) if ours is None else ("student", ours)
+        raise AlignmentError(
+            f"id2label: only the {named} has label names ({_short(names)}), so the order of the other model's classes "
+            "is not known. Set `id2label` of the model without names to the order that it was trained in "
+            "(for a new student: student.config.id2label = teacher.config.id2label)."
+        )
+    keys = [[name.strip().casefold() for name in names] for names in (ours, theirs)]
+    if keys[0] == keys[1]:
+        return ClassMap()
+    if sorted(keys[0]) != sorted(keys[1]) or len(set(keys[0])) != len(keys[0]):
+        raise AlignmentError(
+            f"id2label: the student's labels are {_short(ours)}, the teacher's {_short(theirs)}. Rename them in one "
+            "config so that the same class has the same name."
+        )
+    order = tuple(keys[1].index(name) for name in keys[0])
+    return ClassMap(
+        order=order,
+        notes=(f"id2label: the teacher's classes {_short(theirs)} are permuted to the student's {_short(ours)}.",),
+    )
+
+
+def align_vocabulary(student_size: int, teacher_size: int, student_tokens: Any, teacher_tokens: Any) -> ClassMap:
+    """Match two vocabularies: the same tokens with more padding on one side are cut to the shared range.
+
+    Args:
+        student_size: Number of the student's output classes.
+        teacher_size: Number of the teacher's output classes.
+        student_tokens: The student's tokenizer, or None if it is not known.
+        teacher_tokens: The teacher's tokenizer, or None if it is not known.
+
+    Raises:
+        AlignmentError: If the tokenizers differ (with the first token that does), or the sizes differ and the
+            tokenizers are not known.
+    """
+    if student_tokens is not None and teacher_tokens is not None and student_tokens is not teacher_tokens:
+        difference = first_difference(student_tokens, teacher_tokens)
+        if difference is not None:
+            raise AlignmentError(
+                f"tokenizer: student and teacher use different tokenizers ({difference}). Token-level losses need the "
+                "same one: build the student on the teacher's tokenizer, or distil through labels that the teacher "
+                "generates (alpha=0 on its outputs)."
+            )
+    if student_size == teacher_size:
+        return ClassMap()
+    if student_tokens is None or teacher_tokens is None:
+        raise AlignmentError(
+            f"vocab_size: the student predicts {student_size} tokens, the teacher {teacher_size}, and without both "
+            "tokenizers nobody knows whether that is padding. Pass `processing_class` (and "
+            "`teacher_processing_class` if it is not found beside the teacher)."
+        )
+    shared = min(student_size, teacher_size)
+    if len(student_tokens) > shared:
+        raise AlignmentError(
+            f"vocab_size: the tokenizer has {len(student_tokens)} tokens but one model predicts only {shared}. Resize "
+            "its embeddings: model.resize_token_embeddings(len(tokenizer))."
+        )
+    return ClassMap(
+        shared=shared,
+        notes=(
+            f"vocab_size: the student predicts {student_size} tokens, the teacher {teacher_size}; both are compared on "
+            f"the shared {shared} and renormalised there (evaluation logs the teacher mass dropped).",
+        ),
+    )
+
+
+def first_difference(student_tokens: Any, teacher_tokens: Any) -> str | None:
+    """The first token id whose token differs between two tokenizers, in words; None if there is none."""
+    if not hasattr(student_tokens, "get_vocab") or not hasattr(teacher_tokens, "get_vocab"):
+        return None
+    ours, theirs = ({i: t for t, i in tok.get_vocab().items()} for tok in (student_tokens, teacher_tokens))
+    for index in sorted(ours.keys() | theirs.keys()):
+        if ours.get(index) != theirs.get(index):
+            return f"token id {index} is {ours.get(index)!r} for the student and {theirs.get(index)!r} for the teacher"
+    return None
+
+
+def _short(names: list[str] | None) -> str:
+    names = names or []
+    shown = ", ".join(repr(name) for name in names[:6])
+    return f"[{shown}{', ...' if len(names) > 6 else ''}]"

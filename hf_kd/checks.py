@@ -1,0 +1,428 @@
+"""Every problem found before step 0, all at once, each with its fix."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .alignment import PLACE_TASKS, VOCABULARY_TASKS, ClassMap, align_labels, align_vocabulary
+from .objective import counts_of
+from .rows import ROW
+from .tasks import Batch, SequenceClassification, Supervision
+from .teachers.models import TEACHER_PREFIX, ModelTeacher, forward_parameters
+from .teachers.signal import named_logits
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .trainer import DistillationTrainer
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that would make the run wrong.
+
+    Attributes:
+        option: The option or column to change.
+        message: What is wrong, with the values, and the fix.
+    """
+
+    option: str
+    message: str
+
+
+@dataclass
+class Report:
+    """What the checks found.
+
+    Attributes:
+        problems: What has to change before training.
+        warnings: What is probably not meant.
+        facts: What was resolved, as (name, value) rows.
+        example: One decoded example: (token, whether it counts) pairs, for token tasks.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    models: list[tuple[str, str, str]] = field(default_factory=list)
+    terms: list[tuple[str, str]] = field(default_factory=list)
+    example: list[tuple[str, bool]] = field(default_factory=list)
+
+    def add(self, option: str, message: str) -> None:
+        """Note a problem."""
+        self.problems.append(Problem(option, message))
+
+    def raise_problems(self) -> None:
+        """Raise one `ValueError` that lists every problem, or return if there is none."""
+        if not self.problems:
+            return
+        if len(self.problems) == 1:
+            raise ValueError(self.problems[0].message)
+        lines = "\n".join(f"  {i}. {p.message}" for i, p in enumerate(self.problems, 1))
+        raise ValueError(f"{len(self.problems)} problems before step 0:\n{lines}")
+
+    def render(self, console: Console) -> None:
+        """Print the report: models side by side, terms, supervision, an example, problems."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("", "teacher", "student", title="Models", title_justify="left")
+        for row in self.models:
+            table.add_row(*row)
+        console.print(table)
+        table = Table("weight", "term", title="Loss", title_justify="left")
+        for row in self.terms:
+            table.add_row(*row)
+        console.print(table)
+        for name, value in self.facts:
+            console.print(Text.assemble((f"{name}: ", "bold"), value))
+        if self.example:
+            text = Text("first example (what counts is underlined): ")
+            for token, counts in self.example:
+                text.append(token, style="bold underline" if counts else "dim")
+            console.print(text)
+        for warning in self.warnings:
+            console.print(Text(f"warning: {warning}", style="yellow"))
+        for i, problem in enumerate(self.problems, 1):
+            console.print(Text(f"problem {i}: {problem.message}", style="red"))
+        if not self.problems:
+            console.print(Text("no problems found", style="green"))
+
+
+def align(trainer: DistillationTrainer) -> ClassMap:
+    """How the teacher's classes correspond to the student's.
+
+    Raises:
+        AlignmentError: If they don't.
+    """
+    teacher = trainer.teacher
+    if not isinstance(teacher, ModelTeacher) or trainer.task.name in PLACE_TASKS:
+        return ClassMap()
+    student_config, teacher_config = (getattr(m, "config", None) for m in (trainer.model, teacher.model))
+    if student_config is None or teacher_config is None:
+        return ClassMap()
+    if trainer.task.name in VOCABULARY_TASKS:
+        return align_vocabulary(
+            _vocab_size(trainer.model),
+            _vocab_size(teacher.model),
+            trainer.processing_class,
+            trainer.teacher_processing_class or _tokenizer_beside(teacher.model),
+        )
+    return align_labels(student_config, teacher_config)
+
+
+def _vocab_size(model: nn.Module) -> int:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    if weight is not None:
+        return int(weight.shape[0])
+    return int(model.config.get_text_config(decoder=True).vocab_size)  # type: ignore[union-attr,operator]
+
+
+def _tokenizer_beside(model: nn.Module) -> Any:
+    """The tokenizer in the folder or cache that a model was loaded from, or None. Never asks the network."""
+    from transformers import AutoTokenizer
+
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def inspect(trainer: DistillationTrainer, *, training: bool = True) -> Report:
+    """Look at models, options and the first batch of a trainer; train nothing.
+
+    Args:
+        trainer: What would be run.
+        training: Also check what only training needs.
+    """
+    report = Report()
+    if trainer.alignment_problem is not None:
+        report.add("teacher", str(trainer.alignment_problem))
+    _describe_models(trainer, report)
+    report.terms = trainer.objective.describe(trainer.mix())
+    if training:
+        _check_options(trainer, report)
+    name, dataset = ("train_dataset", trainer.train_dataset) if training else ("eval_dataset", _first_eval(trainer))
+    if dataset is None:
+        if training:
+            report.add("train_dataset", "train_dataset is None; training needs data.")
+        return report
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        report.add(name, f"{name} has 0 rows; give at least one.")
+        return report
+    batch = _first_batch(trainer, dataset, name, report)
+    if batch is not None:
+        _check_batch(trainer, batch, report)
+    return report
+
+
+def _first_eval(trainer: DistillationTrainer) -> Any:
+    dataset = trainer.eval_dataset
+    return next(iter(dataset.values()), None) if isinstance(dataset, dict) else dataset
+
+
+def _check_options(trainer: DistillationTrainer, report: Report) -> None:
+    args = trainer.args
+    if args.fp16 and args.device.type == "cpu":
+        report.add("fp16", "fp16=True needs a GPU, but the device is 'cpu'; set bf16=True or leave both off.")
+    if args.kl_threshold is not None:
+        if trainer.teacher is None or not trainer.distils:
+            report.add("kl_threshold", f"kl_threshold={args.kl_threshold} needs a teacher with alpha > 0.")
+        elif trainer.objective.task.kind == "regression":
+            report.add(
+                "kl_threshold",
+                f"kl_threshold={args.kl_threshold} has no meaning for regression, which has no KL; remove it.",
+            )
+        elif str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no" or trainer.eval_dataset is None:
+            report.add(
+                "kl_threshold",
+                f"kl_threshold={args.kl_threshold} is compared at evaluations, but eval_strategy="
+                f"{getattr(args.eval_strategy, 'value', args.eval_strategy)!r} and eval_dataset is "
+                f"{'missing' if trainer.eval_dataset is None else 'given'}; set eval_strategy='steps' or 'epoch' "
+                "and give an eval_dataset.",
+            )
+    if args.label_smoothing_factor and trainer.compute_loss_func is not None:
+        report.add(
+            "label_smoothing_factor",
+            f"label_smoothing_factor={args.label_smoothing_factor} and compute_loss_func both define the task loss; "
+            "keep one.",
+        )
+    if args.label_smoothing_factor and trainer.task.kind == "regression":
+        report.add("label_smoothing_factor", "label_smoothing_factor has no meaning for regression; set it to 0.")
+    if getattr(getattr(trainer.model, "config", None), "output_router_logits", False):
+        report.warnings.append(
+            "config.output_router_logits=True: the router's auxiliary loss is not part of this objective."
+        )
+
+
+def _first_batch(trainer: DistillationTrainer, dataset: Any, name: str, report: Report) -> dict[str, Any] | None:
+    """Collate the first rows as the dataloader would, leaving every random generator as it was."""
+    import datasets
+
+    size = trainer.args.per_device_train_batch_size
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            collator = trainer.data_collator
+            if isinstance(dataset, datasets.Dataset):
+                rows = trainer._remove_unused_columns(dataset, "first batch")
+                features = [{k: v for k, v in rows[i].items() if k != ROW} for i in range(min(size, len(rows)))]
+            else:
+                collator = trainer._get_collator_with_removed_columns(collator, "first batch")
+                stream = hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__")
+                features = (
+                    list(itertools.islice(iter(dataset), size))
+                    if stream
+                    else [dataset[i] for i in range(min(size, len(dataset)))]
+                )
+            if not features:
+                report.add(name, f"{name} has 0 rows; give at least one.")
+                return None
+            return dict(trainer._prepare_inputs(collator(features)))
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        columns = getattr(dataset, "column_names", None)
+        report.add(
+            name,
+            f"{name}: the first rows could not be made into a batch ({type(error).__name__}: {error}). "
+            f"Its columns are {columns}; the models read {_read_columns(trainer)}.",
+        )
+        return None
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _read_columns(trainer: DistillationTrainer) -> list[str]:
+    teacher = trainer.teacher.columns if trainer.teacher is not None else ()
+    plain = [c for c in teacher if not c.startswith(TEACHER_PREFIX)]
+    return sorted({*forward_parameters(trainer.model), *plain})
+
+
+def _check_batch(trainer: DistillationTrainer, batch: dict[str, Any], report: Report) -> None:
+    task, args = trainer.task, trainer.args
+    columns = sorted(batch)
+    if not trainer.student_inputs({k: v for k, v in batch.items() if k not in task.labels}):
+        report.add(
+            "train_dataset",
+            f"The batch has the columns {columns}, but the student reads {list(forward_parameters(trainer.model))}; "
+            "rename the columns.",
+        )
+        return
+    try:
+        supervision = task.supervise_batch(batch)
+    except ValueError as error:
+        report.add("train_dataset", str(error))
+        return
+    needs_labels = min(args.alpha, args.alpha if args.alpha_end is None else args.alpha_end) < 1.0
+    if supervision.labels is None and needs_labels:
+        report.add(
+            "alpha",
+            f"alpha={args.alpha} gives the task loss a weight of {1 - args.alpha:g}, but the data has no "
+            f"{' / '.join(repr(name) for name in task.labels)} column (it has {columns}). Set alpha=1 to distil without "
+            "labels, or add the column.",
+        )
+    counts = counts_of([supervision]).tolist()
+    report.facts.append(
+        ("supervised positions in the first batch", f"{counts[1]:g} x {task.position}, {counts[0]:g} with a label")
+    )
+    wanted = counts[0] if needs_labels and supervision.labels is not None else counts[1]
+    if wanted == 0:
+        report.add(
+            task.labels[0] if task.labels else "labels",
+            f"All labels of the first batch are {task.ignore_index} (no label): nothing would be learnt. Check the "
+            "preprocessing, or set alpha=1 and supervise='all' to distil without labels.",
+        )
+        return
+    _check_models_on(trainer, batch, supervision, report)
+    report.example = _example(trainer, batch, supervision)
+
+
+@torch.no_grad()
+def _check_models_on(
+    trainer: DistillationTrainer, batch: Batch, supervision: Supervision, report: Report
+) -> None:
+    task = trainer.task
+    training = trainer.model.training
+    trainer.model.eval()
+    try:
+        with torch.random.fork_rng():
+            inputs = task.model_inputs(batch, trainer.model)
+            outputs = trainer.model(**trainer.student_inputs(inputs))
+            student = task.flat(named_logits(outputs, task.logits), batch)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        report.add("model", f"The student cannot run on the first batch ({type(error).__name__}: {error}).")
+        return
+    finally:
+        trainer.model.train(training)
+    if student.shape[0] != len(supervision.kd_weight):
+        report.add(
+            "task",
+            f"Task {task.name!r} expects {len(supervision.kd_weight)} positions in the first batch, but the student "
+            f"gives logits for {student.shape[0]} (logits {tuple(student.shape)}); choose the task that fits.",
+        )
+        return
+    labels_fit = _check_labels(trainer, supervision, student.shape[-1], report)
+    if trainer.teacher is None or not trainer.distils:
+        return
+    try:
+        teacher = task.flat(trainer.teacher(inputs).logits, batch)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        report.add("teacher", f"The teacher cannot run on the first batch ({type(error).__name__}: {error}).")
+        return
+    if trainer.alignment_problem is not None:
+        return
+    if teacher.shape[0] != student.shape[0]:
+        report.add(
+            "teacher",
+            f"teacher: it gives logits for {teacher.shape[0]} positions of the first batch, the student for "
+            f"{student.shape[0]}; both must divide the input alike (tokenizer, patch size, stride).",
+        )
+        return
+    z, t = trainer.objective.classes.student(student), trainer.objective.classes.teacher(teacher)
+    if z.shape[-1] != t.shape[-1]:
+        report.add(
+            "teacher",
+            f"teacher: its head has {t.shape[-1]} classes, the student's {z.shape[-1]}; give both the same labels.",
+        )
+        return
+    if not bool(t[supervision.kd_weight > 0].isfinite().any(-1).all()):
+        report.add("teacher", "teacher: its logits on the first batch are NaN or infinite; check its dtype.")
+        return
+    if labels_fit and task.kind == "classes":
+        _check_teacher_knows(trainer, student, teacher, supervision, report)
+
+
+def _check_labels(trainer: DistillationTrainer, supervision: Supervision, classes: int, report: Report) -> bool:
+    """Whether every label is a class of the student; notes a problem if not. Regression has no range."""
+    labels, task = supervision.labels, trainer.task
+    if labels is None or task.kind == "regression":
+        return labels is not None
+    counted = labels[supervision.task_weight > 0]
+    if counted.is_floating_point():
+        report.add(
+            "problem_type",
+            f"labels are {counted.dtype}, but the head gives classes; use integer labels, or set problem_type to "
+            "'multi_label_classification' or 'regression' in the student's config.",
+        )
+        return False
+    out = counted[(counted < 0) | (counted >= classes)]
+    if len(out):
+        name = task.labels[0]
+        worst = sorted({int(v) for v in out.tolist()})[:5]
+        multi = isinstance(task, SequenceClassification) and task.problem_type == "multi"
+        fix = (
+            "multi-label targets are 0 or 1 per label" if multi else "give num_labels classes, or map the labels"
+        )
+        report.add(name, f"{name} has the values {worst}, outside the student's classes 0 to {classes - 1}; {fix}.")
+        return False
+    return True
+
+
+def _check_teacher_knows(
+    trainer: DistillationTrainer, student: Tensor, teacher: Tensor, supervision: Supervision, report: Report
+) -> None:
+    """Trap: a head initialised at random. A teacher that knows the task beats the uniform guess."""
+    sums = trainer.objective.evaluate(trainer.objective.classes.teacher(teacher), teacher, supervision).sum(0)
+    if trainer.objective.classes.order is not None or trainer.objective.classes.shared is not None:
+        return
+    scores = trainer.objective.summarise(sums, "teacher")
+    loss, chance = scores.get("teacher_loss"), math.log(max(teacher.shape[-1], 2))
+    if loss is None:
+        return
+    report.facts.append(("teacher's own loss on the first batch", f"{loss:.3g} (uniform guess {chance:.3g})"))
+    if loss >= 0.98 * chance:
+        report.warnings.append(
+            f"The teacher's own loss on the first batch is {loss:.3g}, no better than a uniform guess ({chance:.3g}): "
+            "was its head trained on this task, with the labels in this order?"
+        )
+
+
+def _describe_models(trainer: DistillationTrainer, report: Report) -> None:
+    teacher = trainer.teacher.model if isinstance(trainer.teacher, ModelTeacher) else None
+    student = trainer.accelerator.unwrap_model(trainer.model)
+
+    def rows(model: nn.Module | None) -> list[str]:
+        if model is None:
+            return [type(trainer.teacher).__name__ if trainer.teacher is not None else "none", *[""] * 5]
+        config = getattr(model, "config", None)
+        unique = {p.data_ptr(): p.numel() for p in model.parameters()}
+        names = ("num_hidden_layers", "hidden_size")
+        return [
+            type(model).__name__,
+            str(getattr(model, "name_or_path", "") or "-"),
+            f"{sum(unique.values()):,}",
+            *(str(getattr(config, name, "-")) for name in names),
+            f"{getattr(model, 'dtype', next(iter(p.dtype for p in model.parameters()), '-'))}".removeprefix("torch."),
+        ]
+
+    labels = ("class", "from", "parameters", "layers", "hidden size", "dtype")
+    report.models = list(zip(labels, rows(teacher), rows(student), strict=True))
+    report.facts.append(("task", f"{trainer.task.name}, a supervised position is a {trainer.task.position}"))
+    report.facts.append(("device", f"{trainer.args.device} x {trainer.accelerator.num_processes}"))
+
+
+def _example(
+    trainer: DistillationTrainer, batch: Mapping[str, Any], supervision: Supervision
+) -> list[tuple[str, bool]]:
+    """The first row's tokens and which of them are supervised, where the task's positions are tokens."""
+    decode, ids = getattr(trainer.processing_class, "decode", None), batch.get("input_ids")
+    if decode is None or not isinstance(ids, Tensor) or ids.ndim != 2:
+        return []
+    counts = supervision.kd_weight
+    if counts.numel() != ids.numel():
+        return [(decode(ids[0]), True)]
+    row = counts.reshape(ids.shape)[0] > 0
+    return [(decode([token]), bool(count)) for token, count in zip(ids[0].tolist(), row.tolist(), strict=True)]

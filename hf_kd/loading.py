@@ -1,0 +1,110 @@
+"""Models from a directory or the Hub, loaded by the class that their task needs."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .tasks import TASKS, task_of_class
+
+
+class NewHeadError(ValueError):
+    """A checkpoint has no weights for the head that was asked for."""
+
+
+def load_model(
+    name_or_path: str,
+    task: str | None = None,
+    *,
+    role: str,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    new_head: bool = False,
+    **config_changes: Any,
+) -> nn.Module:
+    """Load a model with the head of a task.
+
+    Args:
+        name_or_path: Hub id or directory.
+        task: Name in `TASKS`; None: from the architecture that the checkpoint names.
+        role: `"teacher"` or `"student"`, the option that messages name.
+        dtype: A dtype or its name; None: the checkpoint's own.
+        device_map: Passed to `from_pretrained`.
+        revision: Branch, tag or commit on the Hub.
+        trust_remote_code: Run code that comes with the checkpoint.
+        new_head: Accept a checkpoint without weights for this head and initialise one (for a model that is
+            trained next). Otherwise that is an error: a random teacher teaches noise.
+        **config_changes: Config fields to set, for example `num_labels`.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: If the path does not exist, the task cannot be told, or the head has no weights.
+    """
+    import transformers
+
+    check_path(name_or_path, role)
+    shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+    task = task or task_of_checkpoint(name_or_path, role=role, **shared)
+    if task not in TASKS:
+        raise ValueError(f"task={task!r} is not known; choose one of {sorted(TASKS)}.")
+    auto_class = getattr(transformers, TASKS[task].auto_class)
+    extra: dict[str, Any] = {"device_map": device_map} if device_map else {}
+    model, info = auto_class.from_pretrained(
+        name_or_path,
+        dtype="auto" if dtype is None else dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=new_head,
+        **shared,
+        **extra,
+        **config_changes,
+    )
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+    if absent and not new_head:
+        raise NewHeadError(
+            f"{role}={name_or_path!r} has no weights for {', '.join(absent[:4])}{' ...' if len(absent) > 4 else ''}: "
+            f"that part of {type(model).__name__} would be random. Fine-tune the {role} on the task first, or "
+            "choose a checkpoint that was."
+        )
+    return model
+
+
+def task_of_checkpoint(name_or_path: str, *, role: str, **shared: Any) -> str:
+    """The task of a checkpoint, from the architecture that its config names."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name_or_path, **shared)
+    for architecture in config.architectures or []:
+        task = task_of_class(architecture)
+        if task is not None:
+            return task
+    raise ValueError(
+        f"{role}={name_or_path!r} names the architecture {config.architectures}, whose head is not known. "
+        f"Set task to one of {sorted(TASKS)}."
+    )
+
+
+def check_path(name_or_path: str, option: str) -> None:
+    """Refuse a local path that does not exist, before the Hub is asked for it as if it were an id.
+
+    Raises:
+        ValueError: Names the nearest existing neighbour.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return
+    # "org/name" is a Hub id unless a folder "org" is here.
+    here = "/" in name_or_path and path.parent.is_dir()
+    if not (here or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+        return
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
+    raise ValueError(f"{option}={name_or_path!r}: this path does not exist.{hint}")

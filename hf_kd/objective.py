@@ -1,0 +1,287 @@
+"""The one place where terms are weighted, counted and averaged.
+
+    loss = (1 - alpha) * task + alpha * T^2 * D(teacher || student)
+
+Both terms are means over supervised positions of the whole optimizer step, so a micro-batch contributes its sum
+over the global count. DDP, FSDP and ZeRO average gradients over ranks, so the contribution is multiplied by the
+number of ranks. The gradient of a step then depends on the examples in it and on nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .alignment import ClassMap
+from .losses.divergences import Divergence, entropy, forward_kl, log_probs
+from .tasks import Supervision, Task
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much supervision an optimizer step has, over all micro-batches and ranks (0-d tensors)."""
+
+    task: Tensor
+    kd: Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Indices of the positions that each term reads, `[N]`; None: all of them."""
+
+    task: Tensor | None
+    kd: Tensor | None
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The weights in force at one step."""
+
+    alpha: float
+    temperature: float
+    teacher_temperature: float
+
+
+@dataclass(frozen=True)
+class Terms:
+    """One micro-batch's share of the step's loss; `loss` carries the gradient, the others are for the log.
+
+    `loss = ranks * ((1 - alpha) * task + alpha * kd)`, with `task` and `kd` (including `T^2`) sums over this
+    micro-batch divided by global counts; a term that is not computed is None.
+    """
+
+    loss: Tensor
+    task: Tensor | None
+    kd: Tensor | None
+
+
+def counts_of(supervisions: list[Supervision]) -> Tensor:
+    """`[2]` total task and distillation weight of some batches on this rank, before any gathering."""
+    return torch.stack(
+        [
+            torch.stack([s.task_weight.sum() for s in supervisions]).sum(),
+            torch.stack([s.kd_weight.sum() for s in supervisions]).sum(),
+        ]
+    )
+
+
+def select(supervisions: list[Supervision]) -> list[Selection]:
+    """Find the indices of counting positions, with one device synchronisation for all batches together."""
+    masks = [(s.task_weight > 0, s.kd_weight > 0) for s in supervisions]
+    sizes = torch.stack([torch.stack([m.sum() for m in pair]) for pair in masks]).tolist()
+    return [
+        Selection(*(_indices(mask, int(size)) for mask, size in zip(pair, row, strict=True)))
+        for pair, row in zip(masks, sizes, strict=True)
+    ]
+
+
+def _indices(mask: Tensor, size: int) -> Tensor | None:
+    if size == mask.numel():
+        return None
+    return mask.nonzero_static(size=size).squeeze(-1)
+
+
+def full_precision(logits: Tensor) -> Tensor:
+    """Logits may be half precision; the maths is fp32 (or fp64, where they are)."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _take(values: Tensor, index: Tensor | None) -> Tensor:
+    return values if index is None else values.index_select(0, index)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The mix of task loss and distillation for one task.
+
+    Attributes:
+        task: The head.
+        divergence: `(log_q[N, C], log_p[N, C]) -> [N]`; unused for regression, which is compared by squared error.
+        classes: How the teacher's classes map to the student's.
+        label_smoothing: Weight of the uniform distribution in the task loss's target.
+    """
+
+    task: Task
+    divergence: Divergence
+    classes: ClassMap = ClassMap()
+    label_smoothing: float = 0.0
+
+    def __call__(
+        self,
+        student: Tensor,
+        teacher: Tensor | None,
+        supervision: Supervision,
+        *,
+        selection: Selection,
+        counts: Counts,
+        mix: Mix,
+        ranks: int = 1,
+        task: Tensor | None = None,
+    ) -> Terms:
+        """One micro-batch's loss.
+
+        Args:
+            student: `[P, C]` student logits, with gradient.
+            teacher: `[P, C_t]` teacher logits; None when `mix.alpha` is 0.
+            supervision: What counts in this micro-batch.
+            selection: Its indices.
+            counts: Supervision of the whole optimizer step.
+            mix: Weights and temperatures.
+            ranks: Number of processes whose gradients are averaged.
+            task: A task term computed elsewhere (already divided by the global count); None: computed here.
+        """
+        if task is None and mix.alpha < 1.0 and supervision.labels is not None:
+            task = self.task_sum(student, supervision, selection.task) / counts.task.clamp_min(_TINY)
+        kd = None
+        if teacher is not None and mix.alpha > 0.0:
+            kd = self.kd_sum(student, teacher, supervision, selection.kd, mix) / counts.kd.clamp_min(_TINY)
+        weighted = [w * term for w, term in ((1.0 - mix.alpha, task), (mix.alpha, kd)) if term is not None]
+        # A micro-batch with nothing to learn from is an exact zero that keeps the graph: a rank without it
+        # would leave the others waiting in the gradient exchange.
+        loss = sum(weighted[1:], weighted[0]) if weighted else student.flatten()[:0].sum()
+        return Terms(
+            loss=loss * ranks,
+            task=None if task is None else task.detach() * ranks,
+            kd=None if kd is None else kd.detach() * ranks,
+        )
+
+    def task_sum(self, student: Tensor, supervision: Supervision, index: Tensor | None) -> Tensor:
+        """Weighted sum of the task losses of the labelled positions."""
+        assert supervision.labels is not None
+        losses = self.task.task_losses(
+            full_precision(_take(student, index)),
+            _take(supervision.labels, index),
+            label_smoothing=self.label_smoothing,
+        )
+        return (losses * _take(supervision.task_weight, index)).sum()
+
+    def kd_sum(
+        self, student: Tensor, teacher: Tensor, supervision: Supervision, index: Tensor | None, mix: Mix
+    ) -> Tensor:
+        """Weighted sum of the distillation losses, `T^2` included."""
+        z = self.classes.student(_take(student, index))
+        t = self.classes.teacher(_take(teacher, index)).detach()
+        weight = _take(supervision.kd_weight, index)
+        if self.task.kind == "regression":
+            return ((full_precision(z) - full_precision(t)).square().sum(-1) * weight).sum()
+        log_q, log_p = log_probs(
+            z, t, temperature=mix.temperature, teacher_temperature=mix.teacher_temperature
+        )
+        return (self.divergence(log_q, log_p) * weight).sum() * mix.temperature**2
+
+    @torch.no_grad()
+    def evaluate(self, student: Tensor, teacher: Tensor | None, supervision: Supervision) -> Tensor:
+        """Sums per batch row, `[B, len(STATISTICS)]` in float64, at T = 1; they add up over batches and ranks."""
+        selection = select([supervision])[0]
+        rows = supervision.rows
+        # MPS has no float64; a sum of one row's terms is safe in float32 there.
+        dtype = torch.float32 if student.device.type == "mps" else torch.float64
+        out = torch.zeros(rows, len(STATISTICS), dtype=dtype, device=student.device)
+        per_row = max(supervision.kd_weight.numel() // max(rows, 1), 1)
+
+        def add(name: str, values: Tensor, weight: Tensor, index: Tensor | None) -> None:
+            where = torch.arange(len(weight), device=weight.device) if index is None else index
+            out[:, STATISTICS.index(name)].index_add_(0, where // per_row, (values * weight).to(dtype))
+
+        if supervision.labels is not None:
+            weight = _take(supervision.task_weight, selection.task)
+            losses = self.task.task_losses(
+                full_precision(_take(student, selection.task)),
+                _take(supervision.labels, selection.task),
+                label_smoothing=0.0,
+            )
+            add("task", losses, weight, selection.task)
+            add("task_count", torch.ones_like(weight), weight, selection.task)
+        if teacher is not None:
+            index = selection.kd
+            weight = _take(supervision.kd_weight, index)
+            raw = _take(teacher, index)
+            z, t = self.classes.student(_take(student, index)), self.classes.teacher(raw)
+            add("kd_count", torch.ones_like(weight), weight, index)
+            if self.task.kind == "regression":
+                add("squared_error", (full_precision(z) - full_precision(t)).square().sum(-1), weight, index)
+                return out
+            log_q, log_p = log_probs(z, t, temperature=1.0, teacher_temperature=1.0)
+            add("kl", forward_kl(log_q, log_p), weight, index)
+            add("agreement", (log_q.argmax(-1) == log_p.argmax(-1)).float(), weight, index)
+            add("teacher_entropy", entropy(log_p), weight, index)
+            if self.classes.shared is not None:
+                dropped = raw.float().softmax(-1)[:, self.classes.shared :].sum(-1)
+                add("teacher_mass_dropped", dropped, weight, index)
+        return out
+
+    def summarise(self, sums: Tensor, prefix: str) -> dict[str, float]:
+        """Turn added-up `evaluate` sums `[len(STATISTICS)]` into exact means, named for the log."""
+        total: dict[str, float] = dict(zip(STATISTICS, sums.tolist(), strict=True))
+        means: dict[str, float] = {}
+        if total["task_count"] > 0:
+            means[f"{prefix}_loss"] = total["task"] / total["task_count"]
+        if total["kd_count"] > 0:
+            for name in self._teacher_statistics():
+                means[f"{prefix}_{name}"] = total[name] / total["kd_count"]
+        return means
+
+    def _teacher_statistics(self) -> tuple[str, ...]:
+        if self.task.kind == "regression":
+            return ("squared_error",)
+        names = ("kl", "agreement", "teacher_entropy")
+        return names if self.classes.shared is None else (*names, "teacher_mass_dropped")
+
+    def describe(self, mix: Mix) -> list[tuple[str, str]]:
+        """The terms of the loss and their weights, in words."""
+        task = "mean squared error" if self.task.kind == "regression" else "cross-entropy with the labels"
+        rows = []
+        if mix.alpha < 1.0:
+            rows.append((f"{1 - mix.alpha:g} x task", f"{task}, mean per {self.task.position}"))
+        if mix.alpha > 0.0 and self.task.kind == "regression":
+            rows.append((f"{mix.alpha:g} x distillation", "squared error to the teacher, mean per row"))
+        elif mix.alpha > 0.0:
+            name = getattr(self.divergence, "__name__", None) or getattr(
+                getattr(self.divergence, "func", None), "__name__", "divergence"
+            )
+            target = f"T = {mix.temperature:g}"
+            if mix.teacher_temperature != mix.temperature:
+                target += f", teacher's T = {mix.teacher_temperature:g}"
+            rows.append(
+                (
+                    f"{mix.alpha:g} x distillation",
+                    f"{mix.temperature**2:g} (T^2) x {name} at {target}, mean per {self.task.position}",
+                )
+            )
+        return rows
+
+
+#: Columns of `Objective.evaluate`.
+STATISTICS = (
+    "task",
+    "task_count",
+    "kd_count",
+    "kl",
+    "agreement",
+    "teacher_entropy",
+    "teacher_mass_dropped",
+    "squared_error",
+)
+_TINY = 1e-12
+
+
+def resolve_objective(
+    task: Task, *, divergence: Any, divergence_options: Any, classes: ClassMap, label_smoothing: float
+) -> Objective:
+    """The objective of a task from its options.
+
+    Raises:
+        ValueError: If a divergence is named for a head that gives no distribution.
+    """
+    from .losses.divergences import resolve_divergence
+
+    if task.kind == "regression" and divergence != "auto":
+        raise ValueError(
+            f"divergence={divergence!r} compares distributions, but the head of task {task.name!r} with "
+            "problem_type='regression' gives numbers, which are compared by squared error. Leave divergence='auto'."
+        )
+    chosen = resolve_divergence("forward_kl" if divergence == "auto" else divergence, divergence_options or {})
+    return Objective(task=task, divergence=chosen, classes=classes, label_smoothing=label_smoothing)

@@ -1,0 +1,129 @@
+"""Teachers that are models in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .signal import TeacherSignal, named_logits
+
+logger = logging.getLogger(__name__)
+
+#: A column with this prefix is the teacher's own version of a column (another processor's pixels, say).
+TEACHER_PREFIX = "teacher_"
+
+
+def forward_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments that a model's `forward` declares (those of the base model under adapters).
+
+    Arguments swallowed by `**kwargs` do not count: a model that ignores `token_type_ids` in silence must not
+    hide that another model needs them.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parameters = inspect.signature(base.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple(p.name for p in parameters if p.kind in kinds)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's weights: names, shapes and a fixed sample of each tensor's values.
+
+    A sample keeps a billion parameters cheap to identify; any training step changes nearly all of them.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        if tensor.device.type == "meta" or tensor.numel() == 0:
+            continue
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 1024)]
+        # Quantised storage has integer dtypes: one float type makes the hash independent of it.
+        digest.update(sample.to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class ModelTeacher:
+    """One model, frozen and in evaluation mode, that answers with dense logits.
+
+    Args:
+        model: The teacher. Its parameters are frozen (`requires_grad_(False)`) and it is put in evaluation
+            mode. It is moved to `device` unless it is quantised or already spread by a device map.
+        outputs: The outputs that the task reads, for example `("logits",)`.
+        device: Where to put it.
+        name: What to call it in checkpoints; default: the model's `name_or_path`.
+        revision: The revision that it was loaded at, if any.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        outputs: tuple[str, ...],
+        *,
+        device: torch.device | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        """Freeze and place the model."""
+        self.model = model.eval().requires_grad_(False)
+        self.outputs = outputs
+        self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
+        config = getattr(model, "config", None)
+        self.revision = revision or getattr(config, "_commit_hash", None) or ""
+        placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
+        if device is not None and not placed:
+            model.to(device)
+        self._parameters = forward_parameters(model)
+        self._identity: dict[str, str] | None = None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Name, revision and weight fingerprint. The fingerprint alone decides whether two teachers differ."""
+        if self._identity is None:
+            self._identity = {
+                "name": self.name,
+                "revision": str(self.revision),
+                "fingerprint": fingerprint(self.model),
+            }
+        return dict(self._identity)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The arguments of the model's forward, plain and with the `teacher_` prefix."""
+        return (*self._parameters, *(TEACHER_PREFIX + name for name in self._parameters))
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of a batch that this model's forward declares; its own `teacher_` columns win."""
+        own = {
+            name: batch.get(TEACHER_PREFIX + name, batch.get(name))
+            for name in self._parameters
+            if name in batch or TEACHER_PREFIX + name in batch
+        }
+        if "use_cache" in self._parameters:
+            # A key-value cache would be built for every batch and thrown away.
+            own["use_cache"] = False
+        return own
+
+    @torch.no_grad()
+    def __call__(self, batch: Mapping[str, Any]) -> TeacherSignal:
+        """Run the model on its own columns of the batch, without autograd and without dropout."""
+        if self.model.training:
+            self.model.eval()
+        inputs = {
+            name: self._cast(value) if isinstance(value, Tensor) else value
+            for name, value in self.inputs(batch).items()
+        }
+        return TeacherSignal(logits=named_logits(self.model(**inputs), self.outputs))
+
+    def _cast(self, value: Tensor) -> Tensor:
+        """Pixels and audio follow the teacher's dtype, which is not the student's."""
+        dtype = getattr(self.model, "dtype", None)
+        quantised = getattr(self.model, "is_quantized", False)
+        if value.is_floating_point() and isinstance(dtype, torch.dtype) and not quantised:
+            return value.to(dtype)
+        return value

@@ -1,0 +1,434 @@
+"""`DistillationTrainer`: a Trainer with a teacher and a mix. Wiring only; the maths is in `objective.py`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from . import checks
+from .alignment import AlignmentError, ClassMap
+from .callbacks import FiniteLossCallback, KLThresholdCallback
+from .config import DistillationArguments
+from .loading import load_model
+from .objective import STATISTICS, Counts, Mix, Selection, Terms, counts_of, resolve_objective, select
+from .records import TEACHER_FILE, check_teacher, write_options, write_teacher
+from .rows import ROW, RowCollator, RowDataset
+from .schedules import schedule
+from .tasks import TASKS, Batch, Supervision, Task, resolve_task
+from .teachers.models import TEACHER_PREFIX, ModelTeacher, forward_parameters
+from .teachers.signal import Teacher, named_logits
+
+logger = logging.getLogger(__name__)
+
+_PLAN = "hf_kd_plan"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a micro-batch's share of the step is; made when the step's batches are fetched."""
+
+    supervision: Supervision
+    selection: Selection
+
+
+class DistillationTrainer(Trainer):
+    """Train a student on `(1 - alpha) * task + alpha * T^2 * D(teacher || student)`.
+
+    Everything else is `transformers.Trainer`: data, optimizer, distribution, checkpoints, logging.
+
+    Args:
+        model: The student: a model, or a Hub id or directory.
+        args: The options; see `DistillationArguments`.
+        teacher: A model, a Hub id or directory, or any `Teacher`. None is accepted with `alpha=0` only.
+        task: What kind of head the two have: a name in `TASKS`, a `Task`, or None to find out from the
+            student's class.
+        teacher_processing_class: The teacher's tokenizer, if it may be another one than `processing_class`;
+            default: the one beside the teacher's weights, if there is one.
+        **kwargs: As for `transformers.Trainer` (`train_dataset`, `eval_dataset`, `processing_class`,
+            `data_collator`, `compute_metrics`, `compute_loss_func`, `callbacks`, ...). A `compute_loss_func`
+            replaces the task term; it has to divide by its `num_items_in_batch`.
+
+    Raises:
+        ValueError: If options contradict each other. What needs models and data to be seen is checked when
+            training or evaluation starts, all in one message (see `hf_kd.checks`).
+
+    Example:
+        >>> trainer = DistillationTrainer(
+        ...     model=student, teacher=teacher, args=DistillationArguments(output_dir="out"),
+        ...     train_dataset=train, eval_dataset=dev, processing_class=tokenizer,
+        ... )  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    # The loss is normalised by the counts of the whole step, over accumulation and ranks.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        args: DistillationArguments | None = None,
+        *,
+        teacher: nn.Module | Teacher | str | None = None,
+        task: str | Task | None = None,
+        teacher_processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Load what is named, place the teacher, and find how the two models correspond."""
+        if args is None:
+            args = DistillationArguments(output_dir="distilled")
+        if not isinstance(args, DistillationArguments):
+            raise ValueError(
+                f"args is a {type(args).__name__}; pass DistillationArguments, which has all its fields and the "
+                "distillation options."
+            )
+        if isinstance(model, str):
+            model = load_model(
+                model, _task_name(task), role="student", trust_remote_code=args.trust_remote_code, new_head=True
+            )
+        super().__init__(model=model, args=args, **kwargs)
+        self.task = resolve_task(task, self.model, supervise=args.supervise)
+        self.teacher = self._resolve_teacher(teacher)
+        self.teacher_processing_class = teacher_processing_class
+        self.alignment_problem: AlignmentError | None = None
+        classes = ClassMap()
+        try:
+            classes = checks.align(self)
+        except AlignmentError as error:
+            # Reported with every other problem when training or evaluation starts.
+            self.alignment_problem = error
+        self.objective = resolve_objective(
+            self.task,
+            divergence=args.divergence,
+            divergence_options=args.divergence_options,
+            classes=classes,
+            label_smoothing=args.label_smoothing_factor,
+        )
+        for note in classes.notes:
+            logger.warning(note)
+        self._student_parameters = forward_parameters(self.model)
+        self._checked = False
+        self._window: list[tuple[Terms, Tensor | None]] = []
+        self._term_sums: dict[str, Tensor] = {}
+        self._term_steps = 0
+        self._eval_sums: Tensor | None = None
+        self.add_callback(FiniteLossCallback(self))
+        if args.kl_threshold is not None:
+            self.add_callback(KLThresholdCallback(args.kl_threshold))
+
+    def _resolve_teacher(self, teacher: nn.Module | Teacher | str | None) -> Teacher | None:
+        args = self.args
+        if teacher is None:
+            if args.alpha > 0 or (args.alpha_end or 0) > 0:
+                raise ValueError(f"alpha={args.alpha} gives the teacher a weight, but teacher=None. Pass a teacher.")
+            return None
+        if isinstance(teacher, str):
+            teacher = load_model(
+                teacher,
+                self.task.name if self.task.name in TASKS else None,
+                role="teacher",
+                dtype=args.teacher_dtype,
+                device_map=args.teacher_device_map,
+                revision=args.teacher_revision,
+                trust_remote_code=args.trust_remote_code,
+            )
+        if isinstance(teacher, nn.Module):
+            if teacher is self.model:
+                raise ValueError("teacher and model are the same object, which would freeze the student; pass a copy.")
+            return ModelTeacher(
+                teacher, self.task.logits, device=args.device, revision=args.teacher_revision
+            )
+        if not isinstance(teacher, Teacher):
+            raise ValueError(
+                f"teacher is a {type(teacher).__name__}; pass a model, a path or id, or an object with "
+                "__call__(batch) -> TeacherSignal, `identity` and `columns`."
+            )
+        return teacher
+
+    @property
+    def distils(self) -> bool:
+        """Whether the teacher has any weight at any time; at alpha = 0 it is never called."""
+        return self.args.alpha > 0 or (self.args.alpha_end or 0) > 0
+
+    def mix(self) -> Mix:
+        """Weights and temperatures at the present step: pure functions of progress, so a resumed run agrees."""
+        args = self.args
+        total = self.state.max_steps or args.max_steps
+        progress = min(self.state.global_step / total, 1.0) if total and total > 0 else 0.0
+        temperature = schedule(args.temperature_schedule, args.temperature, args.temperature_end, progress)
+        return Mix(
+            alpha=schedule(args.alpha_schedule, args.alpha, args.alpha_end, progress),
+            temperature=temperature,
+            teacher_temperature=args.teacher_temperature or temperature,
+        )
+
+    # ---- start ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Check everything, then train; see `Trainer.train`.
+
+        Raises:
+            ValueError: All problems of models, data and options in one message.
+            FloatingPointError: When a term of the loss is not finite; names step, term and rows.
+        """
+        self.check(training=True)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def check(self, *, training: bool) -> None:
+        """Run the pre-flight checks once; log warnings, raise problems."""
+        if self._checked:
+            return
+        report = checks.inspect(self, training=training)
+        for warning in report.warnings:
+            logger.warning(warning)
+        report.raise_problems()
+        self._checked = training
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.distils and self.teacher is not None:
+            check_teacher(Path(resume_from_checkpoint) / TEACHER_FILE, self.teacher.identity)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    # ---- data: the union of what both models read, and each row's number ----
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is not None:
+            return
+        super()._set_signature_columns_if_needed()
+        extra = {ROW, "shift_labels", "span_mask", "special_tokens_mask", *self.task.labels}
+        if self.teacher is not None:
+            extra |= set(self.teacher.columns)
+        self._signature_columns = [*self._signature_columns, *sorted(extra - set(self._signature_columns))]
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        return RowDataset(super()._remove_unused_columns(dataset, description))
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        collator = self.data_collator
+        self.data_collator = RowCollator(collator)
+        try:
+            return super()._get_dataloader(RowDataset.of(dataset), *args, **kwargs)
+        finally:
+            self.data_collator = collator
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(RowDataset.unwrap(train_dataset))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return super()._get_eval_sampler(RowDataset.unwrap(eval_dataset))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Fetch the micro-batches of one optimizer step and count its supervision over all ranks."""
+        self._window.clear()
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [dict(self._prepare_inputs(batch)) for batch in batches]
+        if not batches:
+            return batches, None
+        supervisions = [self.task.supervise_batch(batch) for batch in batches]
+        for batch, supervision, selection in zip(batches, supervisions, select(supervisions), strict=True):
+            batch[_PLAN] = _Plan(supervision, selection)
+        return batches, self._global_counts(supervisions)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
+        # Trainer's count knows one kind of label only; `get_batch_samples` counts both terms.
+        return None
+
+    def _global_counts(self, supervisions: list[Supervision]) -> Counts:
+        counts = counts_of(supervisions)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        return Counts(task=counts[0], kd=counts[1])
+
+    # ---- loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of one micro-batch; see `Objective`.
+
+        Args:
+            model: The student as Trainer wraps it.
+            inputs: One batch.
+            return_outputs: Also return the student's outputs.
+            num_items_in_batch: The step's `Counts`; anything else makes this batch a step of its own.
+
+        Returns:
+            A 0-d tensor, or that and the outputs.
+        """
+        batch = dict(inputs)
+        rows = batch.pop(ROW, None)
+        plan: _Plan | None = batch.pop(_PLAN, None)
+        if plan is None:
+            supervision = self.task.supervise_batch(batch)
+            plan = _Plan(supervision, select([supervision])[0])
+        counts = num_items_in_batch
+        if not isinstance(counts, Counts):
+            counts = self._global_counts([plan.supervision])
+        mix = self.mix()
+        outputs, student, teacher = self._forward(model, batch, distil=mix.alpha > 0)
+        terms = self.objective(
+            student,
+            teacher,
+            plan.supervision,
+            selection=plan.selection,
+            counts=counts,
+            mix=mix,
+            ranks=self.accelerator.num_processes,
+            task=self._custom_task_loss(outputs, batch, counts),
+        )
+        if self.is_in_train and model.training:
+            self._record(terms, rows)
+        return (terms.loss, outputs) if return_outputs else terms.loss
+
+    def _forward(self, model: nn.Module, batch: Batch, *, distil: bool) -> tuple[Any, Tensor, Tensor | None]:
+        """Run both models on their own columns; logits as `[P, C]`."""
+        inputs = self.task.model_inputs(batch, self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        outputs = model(**self.student_inputs(inputs))
+        student = self.task.flat(named_logits(outputs, self.task.logits), batch)
+        if not distil or self.teacher is None:
+            return outputs, student, None
+        signal = self.teacher(inputs)
+        teacher = self.task.flat(signal.logits, batch)
+        if len(teacher) != len(student):
+            raise ValueError(
+                f"The student has {len(student)} positions in this batch, the teacher {len(teacher)}: the two models "
+                "divide the input differently (patch size, stride or tokenizer), so their logits don't correspond."
+            )
+        return outputs, student, teacher
+
+    def student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of a batch that the student's forward declares; everything, if it declares nothing."""
+        if not self._student_parameters:
+            return {k: v for k, v in batch.items() if not k.startswith(TEACHER_PREFIX)}
+        return {k: v for k, v in batch.items() if k in self._student_parameters}
+
+    def _custom_task_loss(self, outputs: Any, batch: Batch, counts: Counts) -> Tensor | None:
+        if self.compute_loss_func is None:
+            return None
+        labels = tuple(batch.get(name) for name in self.task.labels)
+        return self.compute_loss_func(
+            outputs, labels[0] if len(labels) == 1 else labels, num_items_in_batch=counts.task
+        )
+
+    # ---- what the log says ----
+
+    def _record(self, terms: Terms, rows: Tensor | None) -> None:
+        self._window.append((terms, rows))
+        for name, value in (("loss_task", terms.task), ("loss_kd", terms.kd)):
+            if value is not None:
+                self._term_sums[name] = self._term_sums.get(name, 0) + value
+
+    def raise_unless_finite(self) -> None:
+        """Raise if a term of the step in hand is not finite, on every rank.
+
+        Raises:
+            FloatingPointError: Names the step, the term and the rows of the data set.
+        """
+        window, self._window = self._window, []
+        self._term_steps += 1
+        bad = ~torch.stack([terms.loss.detach().isfinite() for terms, _ in window]).all()
+        if not (self.accelerator.reduce(bad.float(), "sum") if self.accelerator.num_processes > 1 else bad):
+            return
+        step = self.state.global_step + 1
+        for terms, rows in window:
+            for name, value in (("task", terms.task), ("distillation", terms.kd), ("total", terms.loss)):
+                if value is not None and not bool(value.isfinite()):
+                    where = "unknown (the data has no row numbers)" if rows is None else rows.tolist()
+                    raise FloatingPointError(
+                        f"The {name} loss is {value.item()} at step {step}, rows {where}. No weight was changed by this "
+                        "step and the last checkpoint is intact. Look at those rows; else lower learning_rate, or "
+                        "raise temperature."
+                    )
+        raise FloatingPointError(f"Another rank's loss is not finite at step {step}; its message names the rows.")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each term of the loss, averaged over ranks and over the steps since the last log."""
+        if "loss" in logs and self._term_steps:
+            names = sorted(self._term_sums)
+            if names:
+                values = torch.stack([self._term_sums[name] for name in names]) / self._term_steps
+                if self.accelerator.num_processes > 1:
+                    values = self.accelerator.reduce(values, reduction="mean")
+                logs.update(zip(names, values.tolist(), strict=True))
+            for name, spec in (("alpha", self.args.alpha_schedule), ("temperature", self.args.temperature_schedule)):
+                if spec != "constant":
+                    logs[name] = getattr(self.mix(), name)
+            self._term_sums, self._term_steps = {}, 0
+        super().log(logs, start_time)
+
+    # ---- evaluation ----
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's loop, with exact means over supervised positions for the loss and the teacher's statistics."""
+        self.check(training=False)
+        self._eval_sums = None
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if self._eval_sums is not None and output.metrics is not None:
+            output.metrics.update(self.objective.summarise(self._eval_sums, prefix))
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """One evaluation batch: the task loss, and the logits and labels unless only the loss is wanted."""
+        batch = dict(self._prepare_inputs(inputs))
+        batch.pop(ROW, None)
+        supervision = self.task.supervise_batch(batch)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs, student, teacher = self._forward(model, batch, distil=self.distils)
+            sums = self.objective.evaluate(student, teacher, supervision)
+        # Gathering rows, not means, drops the rows that ranks repeat to fill their last batch.
+        total = self.gather_function(sums).sum(0)
+        self._eval_sums = total if self._eval_sums is None else self._eval_sums + total
+        task, count = sums[:, STATISTICS.index("task")].sum(), sums[:, STATISTICS.index("task_count")].sum()
+        labelled = supervision.labels is not None
+        loss = (task / count.clamp_min(1e-12)).float() if labelled else None
+        if prediction_loss_only:
+            return loss, None, None
+        logits = self._predictions(outputs, ignore_keys)
+        labels = tuple(batch[name].detach() for name in self.task.labels) if labelled else None
+        return loss, logits, labels[0] if labels is not None and len(labels) == 1 else labels
+
+    def _predictions(self, outputs: Any, ignore_keys: list[str] | None) -> Any:
+        """The student's outputs as `compute_metrics` sees them: no cache, no hidden states, one or several tensors."""
+        if isinstance(outputs, Tensor):
+            return outputs.detach()
+        if not isinstance(outputs, Mapping):
+            return tuple(named_logits(outputs, self.task.logits).values())
+        config = getattr(self.model, "config", None)
+        ignored = {"loss", *(ignore_keys or getattr(config, "keys_to_ignore_at_inference", ["past_key_values"]))}
+        kept = tuple(value for key, value in outputs.items() if key not in ignored)
+        return kept[0] if len(kept) == 1 else kept
+
+    # ---- what is saved: the student, and a record of how it was made ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the student as `from_pretrained` reads it, and `distillation.yaml` beside it."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            write_options(folder, self)
+            if _internal_call and self.teacher is not None and self.distils:
+                write_teacher(folder / TEACHER_FILE, self.teacher.identity)
+
+
+def _task_name(task: str | Task | None) -> str | None:
+    return task.name if isinstance(task, Task) else task

@@ -1,0 +1,237 @@
+"""The gradient of an optimizer step depends on the examples in it and on nothing else (traps 1-3, 15-18)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hf_kd import DistillationArguments, DistillationTrainer
+
+from .heads import HEADS, Collator, Head, Row, models, oracle, rows_of
+
+
+class Gradients(TrainerCallback):
+    """Keep the gradients of the first optimizer step."""
+
+    def __init__(self) -> None:
+        self.grads: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        self.grads = {
+            n.removeprefix("module."): torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for n, p in model.named_parameters()
+            if p.requires_grad
+        }
+
+
+def step(
+    folder: Path,
+    head: Head,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    rows: list[Row],
+    *,
+    collator: Collator | None = None,
+    trainer_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[float, dict[str, Tensor]]:
+    """One optimizer step over all rows; the logged loss and the gradient. The learning rate is 0."""
+    accumulation = options.get("gradient_accumulation_steps", 1)
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": -(-len(rows) // accumulation),
+        "max_steps": 1,
+        "learning_rate": 0.0,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    gradients = Gradients()
+    trainer = DistillationTrainer(
+        student,
+        DistillationArguments(**{**defaults, **options}),
+        teacher=teacher,
+        task=head.task,
+        train_dataset=rows,
+        data_collator=collator or Collator(head),
+        callbacks=[gradients],
+        **(trainer_options or {}),
+    )
+    trainer.train()
+    return trainer.state.log_history[0]["loss"], gradients.grads
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-7) -> None:
+    """Compare whole gradients: the error's norm against the norm."""
+    assert ours.keys() == theirs.keys()
+    error = sum((ours[n].double() - theirs[n]).square().sum() for n in ours) ** 0.5
+    norm = sum(theirs[n].square().sum() for n in theirs) ** 0.5
+    assert norm > 1e-6
+    assert error / norm < tolerance, f"relative gradient error {error / norm:.2e}"
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", HEADS)
+def test_step_equals_oracle(tmp_path: Path, name: str, accumulation: int) -> None:
+    """Traps 2, 3, 15, 16, 18: value and gradient equal the float64 oracle for any accumulation, ragged rows."""
+    head = HEADS[name]
+    student, teacher = models(head)
+    rows = rows_of(head, 8, seed=accumulation)
+    loss, grads = step(tmp_path, head, student, teacher, rows, gradient_accumulation_steps=accumulation)
+    expected, expected_grads = oracle(head, student, teacher, rows)
+    assert loss == pytest.approx(float(expected), rel=1e-6)
+    assert_same(grads, expected_grads)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1e-9, 0.3, 1.0 - 1e-9, 1.0])
+@pytest.mark.parametrize("name", ["single-label", "causal-lm", "multi-label"])
+def test_alpha(tmp_path: Path, name: str, alpha: float) -> None:
+    """Trap 2: the loss is right, and so continuous, in alpha, both ends included."""
+    head = HEADS[name]
+    student, teacher = models(head)
+    rows = rows_of(head, 4)
+    loss, grads = step(tmp_path, head, student, teacher, rows, alpha=alpha)
+    expected, expected_grads = oracle(head, student, teacher, rows, alpha=alpha)
+    assert loss == pytest.approx(float(expected), rel=1e-6)
+    assert_same(grads, expected_grads, 1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl", "tvd"])
+@pytest.mark.parametrize("name", ["single-label", "multi-label", "causal-lm"])
+def test_divergences(tmp_path: Path, name: str, divergence: str) -> None:
+    """Trap 5: every divergence through the trainer, argument order included."""
+    head = HEADS[name]
+    student, teacher = models(head)
+    rows = rows_of(head, 4)
+    _, grads = step(tmp_path, head, student, teacher, rows, divergence=divergence, gradient_accumulation_steps=2)
+    assert_same(grads, oracle(head, student, teacher, rows, divergence=divergence)[1])
+
+
+@pytest.mark.parametrize("extra,left", [(5, False), (0, True), (5, True)])
+@pytest.mark.parametrize("name", ["single-label", "token", "masked-lm", "causal-lm"])
+def test_padding(tmp_path: Path, name: str, extra: int, left: bool) -> None:
+    """More padding, on either side, changes nothing (absolute positions make left padding differ for BERT)."""
+    head = HEADS[name]
+    if left and name != "causal-lm":
+        extra, left = extra + 3, False
+    student, teacher = models(head)
+    rows = rows_of(head, 4)
+    collator = _WithPositions(head, extra=extra, left=left)
+    _, grads = step(tmp_path, head, student, teacher, rows, collator=collator, gradient_accumulation_steps=2)
+    assert_same(grads, oracle(head, student, teacher, rows)[1])
+
+
+class _WithPositions(Collator):
+    """Left padding needs explicit positions: Llama counts from the row's first column otherwise."""
+
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        batch = super().__call__(rows)
+        if self.left:
+            batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+        return batch
+
+
+@pytest.mark.parametrize("name", ["single-label", "token", "causal-lm"])
+def test_label_smoothing(tmp_path: Path, name: str) -> None:
+    """Trap 25: label smoothing acts on the task term, with distillation beside it."""
+    head = HEADS[name]
+    student, teacher = models(head)
+    rows = rows_of(head, 4)
+    _, grads = step(
+        tmp_path, head, student, teacher, rows, label_smoothing_factor=0.2, gradient_accumulation_steps=2
+    )
+    assert_same(grads, oracle(head, student, teacher, rows, smoothing=0.2)[1])
+
+
+def test_compute_loss_func(tmp_path: Path) -> None:
+    """Trap 25: a custom task loss gets the labels and the step's global count."""
+    head = HEADS["single-label"]
+    student, teacher = models(head)
+    rows = rows_of(head, 8)
+
+    def task_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    _, grads = step(
+        tmp_path, head, student, teacher, rows, gradient_accumulation_steps=4,
+        trainer_options={"compute_loss_func": task_loss},
+    )
+    assert_same(grads, oracle(head, student, teacher, rows)[1])
+
+
+def test_mixed_labelled_and_unlabelled_rows(tmp_path: Path) -> None:
+    """Trap 16: two counts. A row labelled -100 is distilled, and only the labelled rows divide the task loss."""
+    head = HEADS["single-label"]
+    student, teacher = models(head)
+    rows = rows_of(head, 8)
+    for row in rows[::3]:
+        row["labels"] = -100
+    loss, grads = step(tmp_path, head, student, teacher, rows, gradient_accumulation_steps=4)
+    expected, expected_grads = oracle(head, student, teacher, rows)
+    assert loss == pytest.approx(float(expected), rel=1e-6)
+    assert_same(grads, expected_grads)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_unlabelled(tmp_path: Path, name: str) -> None:
+    """Trap 2: alpha = 1 runs on data without labels, for every head, and the gradient is not zero."""
+    head = HEADS[name]
+    student, teacher = models(head)
+    rows = rows_of(head, 4)
+    for row in rows:
+        if name == "seq2seq-lm":
+            row["decoder_input_ids"] = [0, *row["labels"][:-1]]
+        for label in ("labels", "start_positions", "end_positions"):
+            row.pop(label, None)
+    collator = Collator(head)
+    head.pad.setdefault("decoder_input_ids", 0) if name == "seq2seq-lm" else None
+    loss, grads = step(tmp_path, head, student, teacher, rows, collator=collator, alpha=1.0)
+    assert loss > 0
+    assert sum(g.abs().sum() for g in grads.values()) > 0
+
+
+def test_micro_batch_without_supervision(tmp_path: Path) -> None:
+    """Trap 17: a micro-batch with every label masked contributes an exact zero, not NaN."""
+    head = HEADS["token"]
+    student, teacher = models(head)
+    rows = rows_of(head, 4)
+    for row in rows[2:]:
+        row["labels"] = [-100] * len(row["labels"])
+    _, grads = step(tmp_path, head, student, teacher, rows, gradient_accumulation_steps=4)
+    assert_same(grads, oracle(head, student, teacher, rows)[1])
+
+
+def test_equal_models_have_no_gradient(tmp_path: Path) -> None:
+    """A student equal to its teacher has loss 0 and gradient 0 at alpha = 1."""
+    head = HEADS["causal-lm"]
+    _, teacher = models(head)
+    student = head.build(24).double()
+    student.load_state_dict(teacher.state_dict())
+    loss, grads = step(tmp_path, head, student, teacher, rows_of(head, 4), alpha=1.0)
+    assert abs(loss) < 1e-12
+    assert max(g.abs().max() for g in grads.values()) < 1e-12
+
+
+def test_naive_normalisation_fails(tmp_path: Path) -> None:
+    """Traps 15, 16, 18, counter-example: a mean per micro-batch is 4 times off at accumulation 4, or worse."""
+    head = HEADS["causal-lm"]
+    student, teacher = models(head)
+    rows = rows_of(head, 8)
+    total = {n: torch.zeros_like(p) for n, p in student.named_parameters()}
+    for start in range(0, 8, 2):
+        _, part = oracle(head, student, teacher, rows[start : start + 2])
+        total = {n: total[n] + part[n] for n in total}
+    expected = oracle(head, student, teacher, rows)[1]
+    with pytest.raises(AssertionError, match="relative gradient error"):
+        assert_same(total, expected)
+    with pytest.raises(AssertionError, match="relative gradient error"):
+        assert_same({n: g / 4 for n, g in total.items()}, expected, 1e-3)
