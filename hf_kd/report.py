@@ -1,0 +1,140 @@
+"""`results.json` for people: a table on the terminal, the verdict, and where the numbers come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hf_kd.results import Arm, Results
+
+# Rows of the table after the task's metrics: a label and how an arm shows it. A row no arm has is left out.
+_ROWS: dict[str, Callable[[Arm], str | None]] = {
+    "KL to teacher (nats)": lambda arm: None if arm.eval_kl is None else _decimal(arm.eval_kl),
+    "agreement": lambda arm: None if arm.eval_agreement is None else _percent(arm.eval_agreement),
+    "parameters": lambda arm: _count(arm.parameters),
+    "MB in memory": lambda arm: _decimal(arm.bytes / 1e6),
+    "MB on disk": lambda arm: None if arm.bytes_on_disk is None else _decimal(arm.bytes_on_disk / 1e6),
+    "latency (ms ± IQR)": lambda arm: _latency(arm),
+}
+
+# Metrics that describe the data or the teacher and not the arm: in the file, not in the table.
+_NOT_SHOWN = {"teacher_entropy"}
+
+_ARMS_IN_A_TABLE = 3
+
+
+def print_table(results: Results, console: Console | None = None) -> None:
+    """Print teacher, student, control and further students side by side, then verdict and provenance.
+
+    Readable from 80 columns on; more than three arms make several tables.
+
+    Args:
+        results: what to show.
+        console: where to print; the default is standard output.
+    """
+    console = console or Console()
+    names = list(results.arms)
+    for first in range(0, len(names), _ARMS_IN_A_TABLE):
+        console.print(_table(results, names[first : first + _ARMS_IN_A_TABLE]))
+    for label, ratio in (("Quality kept", results.quality_kept), ("Gap closed", results.gap_closed)):
+        said = f"not defined: {ratio.reason}" if ratio.value is None else _percent(ratio.value)
+        console.print(Text.assemble((f"{label + ':':<14}", "bold"), said))
+    console.print(Text(results.verdict, style="bold"))
+    console.print(Text(provenance(results), style="dim"))
+
+
+def provenance(results: Results) -> str:
+    """One line: the data, what it ran on, and how latency was measured; nothing that was not recorded."""
+    machine = results.machine
+    parts = [f"{results.examples} examples" if results.examples else ""]
+    parts += [str(results.provenance[name]) for name in ("dataset", "recipe") if results.provenance.get(name)]
+    if "seed" in results.provenance:
+        parts.append(f"seed {results.provenance['seed']}")
+    parts.append(_hardware(results))
+    if version := machine.get("versions", {}).get("torch"):
+        parts.append(f"torch {version}")
+    timed = next((arm.latency[0] for arm in results.arms.values() if arm.latency), None)
+    if timed:
+        parts.append(f"batch {timed.batch_size}, {timed.threads} threads, {timed.repeats} repeats")
+        if timed.padding >= 0.005:
+            parts.append(f"{100 * timed.padding:.0f} % padding")
+    return " · ".join(part for part in parts if part)
+
+
+def _hardware(results: Results) -> str:
+    """The device the models ran on: the accelerator's name, or the processor and its cores."""
+    machine = results.machine
+    device = str(machine.get("device") or "")
+    if device not in ("", "cpu") or "cpu" not in machine:
+        return device
+    name = str(machine["cpu"]).partition(" @ ")[0].replace("(R)", "").replace("(TM)", "")
+    cores = f", {machine['cores']} cores" if machine.get("cores") else ""
+    return name + cores
+
+
+def _table(results: Results, names: list[str]) -> Table:
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table.add_column(Text(results.task), overflow="fold")
+    for name in names:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for metric in _metrics(results):
+        primary = metric == results.primary_metric
+        label = f"{metric} (± SE)" if primary and any(map(results.standard_error, names)) else metric
+        cells = [_metric(results, name, metric) for name in names]
+        table.add_row(Text(label), *map(Text, cells), style="bold" if primary else None)
+    for label, show in _ROWS.items():
+        cells = [show(results.arms[name]) or "–" for name in names]
+        if any(cell != "–" for cell in cells):
+            table.add_row(Text(label), *map(Text, cells))
+    return table
+
+
+def _metrics(results: Results) -> list[str]:
+    """Names of the metrics to show, the primary one first, each once and in the order of the arms."""
+    first = [] if results.primary_metric is None else [results.primary_metric]
+    names = first + [name for arm in results.arms.values() for name in arm.metrics if name not in _NOT_SHOWN]
+    return list(dict.fromkeys(names))
+
+
+def _metric(results: Results, arm: str, metric: str) -> str:
+    value = results.arms[arm].metrics.get(metric)
+    if value is None:
+        return "–"
+    error = results.standard_error(arm) if metric == results.primary_metric else None
+    if error is None:
+        return _decimal(value)
+    digits = 2 if results.scale == 100 else 4
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _latency(arm: Arm) -> str | None:
+    if not arm.latency:
+        return None
+    median = _decimal(arm.latency[0].median_ms)
+    return f"{median} ± {arm.latency[0].iqr_ms:.{len(median.partition('.')[2])}f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if math.isfinite(share) else str(share)
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1_000_000_000, "G"), (1_000_000, "M"), (1_000, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def _decimal(value: float) -> str:
+    """Three digits and more, without an exponent where a person would not write one."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    if abs(value) < 1e-4 or abs(value) >= 1e7:
+        return f"{value:.2e}"
+    magnitude = math.floor(math.log10(abs(value)))
+    return f"{value:.{max(4, 2 - magnitude) if magnitude < 0 else max(0, 2 - magnitude)}f}"

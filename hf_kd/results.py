@@ -1,0 +1,382 @@
+"""What a distillation run proved, as data: `results.json`.
+
+One `Results` holds the arms (teacher, student, control, any further student), each with its quality and
+its cost. What follows from them (quality kept, gap closed, the verdict) is computed: the file carries it for
+other tools, under `summary`, and reading ignores it. No torch in here, so that reporting is instant.
+
+Schema. `schema_version` goes up whenever a field is added or changes its meaning; files of older versions
+are read, files of newer ones refused. Numbers that are not finite are the strings "NaN", "Infinity" and
+"-Infinity", since JSON has no such numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import tempfile
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+# Metrics that are a mean of zeros and ones over examples: their standard error follows from their value.
+_PROPORTIONS = {"accuracy", "exact_match", "agreement"}
+
+# How an error message names a type to whoever looks at the JSON file.
+_TYPE_NAMES: dict[Any, str] = {
+    **{str: "a string", int: "an integer", float: "a number", bool: "true or false", list: "an array"},
+    **{dict: "an object"},
+}
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Wall-clock time of one forward pass on one batch, in milliseconds.
+
+    Attributes:
+        median_ms: the median over `repeats`.
+        iqr_ms: its spread, the 75th minus the 25th percentile.
+        p95_ms: the 95th percentile.
+        repeats: timed passes, after the warm-up.
+        batch_size: rows in the batch.
+        inputs: shape of each tensor in the batch, by name.
+        padding: share of the batch's positions that are padding, in [0, 1].
+        device: where the model ran, by the name of the hardware.
+        dtype: of the weights.
+        threads: torch's intra-op threads.
+    """
+
+    median_ms: float
+    iqr_ms: float
+    p95_ms: float
+    repeats: int
+    batch_size: int
+    inputs: dict[str, list[int]]
+    padding: float
+    device: str
+    dtype: str
+    threads: int
+
+    @property
+    def examples_per_second(self) -> float:
+        """Throughput at this batch size, from the median."""
+        return 1000.0 * self.batch_size / self.median_ms if self.median_ms else math.inf
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model of the comparison: its quality on the evaluation data and its cost.
+
+    Attributes:
+        metrics: task metrics by name, without an `eval_` prefix.
+        parameters: number of parameters, tied ones once.
+        bytes: of parameters and buffers in memory, tied ones once.
+        eval_kl: mean KL(teacher || model) at T = 1 over supervised positions, in nats; None if not measured.
+        eval_agreement: share of positions with the teacher's top-1 class, in [0, 1]; None if not measured.
+        bytes_on_disk: of the saved weights; None if not saved.
+        latency: one entry per input shape; tables show the first.
+    """
+
+    metrics: dict[str, float]
+    parameters: int
+    bytes: int
+    eval_kl: float | None = None
+    eval_agreement: float | None = None
+    bytes_on_disk: int | None = None
+    latency: list[Latency] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of two scores or, where it is not defined, the reason."""
+
+    value: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything `results.json` holds.
+
+    Attributes:
+        task: name of the task, e.g. "image-classification".
+        primary_metric: what quality is judged by, a key of each arm's `metrics`; None without labels.
+        greater_is_better: False for metrics such as loss and perplexity.
+        arms: by name. "teacher" and "student" are required; "control" is the same student trained without the
+            teacher; other names are further students.
+        examples: rows of the evaluation data, for standard errors; None if not known.
+        machine: what the measurements ran on, see `hf_kd.measure.machine`.
+        provenance: what was run (dataset, seed, recipe, versions), of the caller's choice.
+
+    Raises:
+        ValueError: an arm or the primary metric is missing, or a value is impossible; all problems at once.
+    """
+
+    task: str
+    primary_metric: str | None
+    greater_is_better: bool
+    arms: dict[str, Arm]
+    examples: int | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        """Refuse what no report could show."""
+        problems = [f"arms has no {name!r}" for name in ("teacher", "student") if name not in self.arms]
+        if self.examples is not None and self.examples < 1:
+            problems.append(f"examples is {self.examples}: give the number of evaluation rows, or None")
+        for name, arm in self.arms.items():
+            problems += [f"arms.{name}.{text}" for text in _arm_problems(arm, self.primary_metric)]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def score(self, name: str) -> float | None:
+        """Value of the primary metric of the arm called `name`; None where either does not exist."""
+        if self.primary_metric is None or name not in self.arms:
+            return None
+        return self.arms[name].metrics[self.primary_metric]
+
+    @property
+    def quality_kept(self) -> Ratio:
+        """Student / teacher in the primary metric; teacher / student where lower is better."""
+        scores, reason = self._scores("teacher", "student")
+        if reason:
+            return Ratio(None, reason)
+        teacher, student = scores
+        above, below = (student, teacher) if self.greater_is_better else (teacher, student)
+        if above < 0 or below <= 0:
+            return Ratio(None, f"the ratio of {_number(above)} to {_number(below)} says nothing")
+        return Ratio(above / below)
+
+    @property
+    def gap_closed(self) -> Ratio:
+        """(student - control) / (teacher - control) in the primary metric.
+
+        What the teacher added, where `quality_kept` mostly shows what any student reaches. Not defined where
+        the control is as good as the teacher, for then there is no gap.
+        """
+        scores, reason = self._scores("teacher", "student", "control")
+        if reason:
+            return Ratio(None, reason)
+        teacher, student, control = scores
+        gap = self._lead(teacher, control)
+        if abs(gap) <= 1e-9 * max(abs(teacher), abs(control)):
+            return Ratio(None, f"teacher and control score the same ({_number(teacher)}), there is no gap")
+        if gap < 0:
+            better = f"the control ({_number(control)}) is better than the teacher ({_number(teacher)})"
+            return Ratio(None, better)
+        return Ratio(self._lead(student, control) / gap)
+
+    @property
+    def scale(self) -> float | None:
+        """Best possible primary metric where it is a proportion: 1, or 100 if in percent; None for others."""
+        if self.primary_metric not in _PROPORTIONS:
+            return None
+        return 100.0 if any(arm.metrics[self.primary_metric] > 1 for arm in self.arms.values()) else 1.0
+
+    def standard_error(self, name: str) -> float | None:
+        """Standard error of an arm's score, sqrt(p (1 - p) / examples).
+
+        None unless the metric is a proportion and `examples` is known.
+        """
+        value, scale = self.score(name), self.scale
+        if value is None or scale is None or self.examples is None or not 0 <= value / scale <= 1:
+            return None
+        share = value / scale
+        return scale * math.sqrt(share * (1 - share) / self.examples)
+
+    def standard_error_of_difference(self, one: str, other: str) -> float | None:
+        """Standard error of the difference of two arms' scores, as if they had seen different examples.
+
+        They saw the same ones, so the true error is smaller where both fail on the same rows: this one is on
+        the side of caution.
+        """
+        first, second = self.standard_error(one), self.standard_error(other)
+        return None if first is None or second is None else math.hypot(first, second)
+
+    @property
+    def verdict(self) -> str:
+        """Two plain sentences: what the student keeps at what cost, and whether the teacher helped."""
+        return f"{self._kept_sentence()} {self._control_sentence()}"
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write the results as JSON; readers of `path` see the old file or the new one, never a torn one."""
+        path = Path(path)
+        content = dataclasses.asdict(self)
+        content["summary"] = {
+            "quality_kept": dataclasses.asdict(self.quality_kept),
+            "gap_closed": dataclasses.asdict(self.gap_closed),
+            "verdict": self.verdict,
+        }
+        text = json.dumps(_to_json(content), indent=2, allow_nan=False) + "\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A directory and not a bare temporary file: the file inside gets ordinary permissions.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            temporary = Path(folder) / path.name
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        return path
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Results:
+        """Read and validate a file that `write` made.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not JSON, comes from a newer version, or has fields that are missing, unknown or
+                of another type; all of these at once.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no results at {path}: give the results.json of a distillation run")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON, or is cut short ({error}): make it again") from error
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if type(version) is not int:
+            raise ValueError(f"{path} has no schema_version: it is not the results.json of a run")
+        if not 1 <= version <= SCHEMA_VERSION:
+            raise ValueError(
+                f"{path} has schema_version {version}, but this hf_kd reads 1 to {SCHEMA_VERSION}: upgrade it"
+            )
+        content.pop("summary", None)
+        problems: list[str] = []
+        results = _build(cls, content, "", problems)
+        if not isinstance(results, cls) or problems:
+            raise ValueError(f"{path}: " + "; ".join(problems))
+        return results
+
+    def _lead(self, one: float, other: float) -> float:
+        return one - other if self.greater_is_better else other - one
+
+    def _scores(self, *names: str) -> tuple[list[float], str | None]:
+        """The scores of the arms called `names`, or why they cannot be compared."""
+        missing = [name for name in names if name not in self.arms]
+        if missing:
+            return [], f"no {missing[0]} was trained"
+        scores = [score for name in names if (score := self.score(name)) is not None]
+        if len(scores) < len(names):
+            return [], "there is no metric to judge by (no labels)"
+        bad = [
+            f"{name} {score}" for name, score in zip(names, scores, strict=True) if not math.isfinite(score)
+        ]
+        return scores, f"{self.primary_metric} is not finite ({', '.join(bad)})" if bad else None
+
+    def _kept_sentence(self) -> str:
+        teacher, student = self.arms["teacher"], self.arms["student"]
+        cost = f"{_percent(student.parameters / max(1, teacher.parameters))} of its parameters"
+        if teacher.latency and student.latency and teacher.latency[0].median_ms:
+            ratio = student.latency[0].median_ms / teacher.latency[0].median_ms
+            cost += f" and {_percent(ratio)} of its latency"
+        kept, (scores, _) = self.quality_kept, self._scores("teacher", "student")
+        if kept.value is not None:
+            quality = f"quality ({self.primary_metric} {_number(scores[1])}, teacher {_number(scores[0])})"
+            return f"The student keeps {_percent(kept.value)} of the teacher's {quality} at {cost}."
+        if self.primary_metric is not None or student.eval_kl is None or student.eval_agreement is None:
+            return f"Quality kept is not known: {kept.reason}."
+        behaviour = (
+            f"{_percent(student.eval_agreement)} of the positions, {student.eval_kl:.3g} nats (KL) away"
+        )
+        return f"The student agrees with the teacher on {behaviour}, at {cost}."
+
+    def _control_sentence(self) -> str:
+        scores, reason = self._scores("student", "control")
+        if reason:
+            return f"Whether the teacher helped is not known: {reason}."
+        lead, error = self._lead(*scores), self.standard_error_of_difference("student", "control")
+        said = f"{self.primary_metric} {_number(scores[0])} with it, {_number(scores[1])} without"
+        if lead == 0:
+            return f"The teacher made no difference ({said})."
+        if error and abs(lead) <= error:
+            inside = f"{abs(lead):.2g} is inside the standard error of {error:.2g}"
+            return f"No measurable effect of the teacher ({said}): the difference of {inside}."
+        if error:
+            weak = ", so more data or seeds are needed to be sure" if abs(lead) < 2 * error else ""
+            said += f"; {abs(lead) / error:.1f} standard errors apart{weak}"
+        if lead > 0:
+            return f"The teacher helped ({said})."
+        return f"The teacher did not help, the same student trained without it is better ({said})."
+
+
+def _arm_problems(arm: Arm, primary_metric: str | None) -> list[str]:
+    problems = []
+    if primary_metric is not None and primary_metric not in arm.metrics:
+        problems.append(f"metrics has no primary metric {primary_metric!r}, only {sorted(arm.metrics)}")
+    for name in ("parameters", "bytes", "bytes_on_disk"):
+        if (getattr(arm, name) or 0) < 0:
+            problems.append(f"{name} is {getattr(arm, name)}, below 0")
+    agreement = arm.eval_agreement
+    if agreement is not None and (agreement < 0 or agreement > 1):
+        problems.append(f"eval_agreement is {agreement}, outside [0, 1]")
+    return problems
+
+
+def _to_json(value: Any) -> Any:
+    """`value` with the numbers that JSON does not have written as strings, which `float` reads back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {str(key): _to_json(item) for key, item in value.items()}
+    return [_to_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _build(hint: Any, raw: Any, where: str, problems: list[str]) -> Any:
+    """`raw` from JSON as the type `hint`; what does not fit goes to `problems`, by its place in the file."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or (type(None) in parts and raw is None):
+        return raw
+    if type(None) in parts:
+        return _build(parts[0], raw, where, problems)
+    if hint is float and raw in ("NaN", "Infinity", "-Infinity"):
+        return float(raw)
+    kind: Any = dict if dataclasses.is_dataclass(hint) else origin or hint
+    fits = isinstance(raw, int | float if kind is float else kind)
+    if not fits or (isinstance(raw, bool) and kind is not bool):
+        problems.append(f"{where} is {json.dumps(raw)[:40]}, not {_TYPE_NAMES[kind]}")
+        return None
+    if dataclasses.is_dataclass(hint):
+        return _build_dataclass(hint, raw, where, problems)
+    if kind is list:
+        return [_build(parts[0], item, f"{where}[{i}]", problems) for i, item in enumerate(raw)]
+    if kind is dict:
+        return {key: _build(parts[1], item, f"{where}.{key}", problems) for key, item in raw.items()}
+    return kind(raw)
+
+
+def _build_dataclass(cls: Any, raw: dict[str, Any], where: str, problems: list[str]) -> Any:
+    before, prefix = len(problems), f"{where}." if where else ""
+    hints = typing.get_type_hints(cls)
+    for name in sorted(raw.keys() - hints.keys()):
+        near = difflib.get_close_matches(name, hints, n=1)
+        problems.append(f"{prefix}{name} is unknown" + (f", did you mean {near[0]!r}?" if near else ""))
+    for entry in dataclasses.fields(cls):
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if required and entry.name not in raw:
+            problems.append(f"{prefix}{entry.name} is missing")
+    known = {name: item for name, item in raw.items() if name in hints}
+    values = {name: _build(hints[name], item, prefix + name, problems) for name, item in known.items()}
+    if len(problems) > before:
+        return None
+    try:
+        return cls(**values)
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:.4g}"
