@@ -7,14 +7,15 @@ named, typed, described and checked in one place. `hf_kd.config` joins `Distilla
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 SCHEDULE_NAMES = ("constant", "linear", "cosine")
-SUPERVISE_NAMES = ("auto", "masked", "all")
+SUPERVISE_NAMES = ("auto", "all")
 FUSED_NAMES = ("auto", "on", "off")
 DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16", "float64")
 
@@ -22,6 +23,12 @@ DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16", "float64")
 def _option(default: Any, help: str) -> Any:
     """A dataclass field with its help text."""
     return field(default=default, metadata={"help": help})
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`", did you mean 'x'?"` for the nearest known name, or nothing when none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def raise_problems(problems: list[str]) -> None:
@@ -50,10 +57,8 @@ class DistillationOptions:
     divergence_options: dict[str, Any] | str | None = _option(
         None, """its parameters as JSON: '{"beta": 0.3}'"""
     )
-    supervise: str = _option("auto", "positions that count in masked LM: auto, masked, all")
-    kl_threshold: float | None = _option(
-        None, "stop at the evaluation whose eval_kl is not above this"
-    )
+    supervise: str = _option("auto", "positions that are distilled: auto (the labelled ones), all")
+    kl_threshold: float | None = _option(None, "stop at the evaluation whose eval_kl is not above this")
     teacher_dtype: str | None = _option(None, "dtype of the teacher (default: its checkpoint's)")
     teacher_device_map: str | None = _option(None, "device map of the teacher (default: training device)")
     teacher_revision: str | None = _option(None, "branch, tag or commit of the teacher on the Hub")
@@ -152,9 +157,7 @@ class RunOptions:
         if not self.teacher and not self.teacher_config:
             found.append("teacher is not set: give a directory or Hub id, or teacher_config for a new one")
         if self.teacher_config and not self.train_teacher:
-            found.append(
-                "train_teacher=False leaves the new teacher untrained: set train_teacher=true"
-            )
+            found.append("train_teacher=False leaves the new teacher untrained: set train_teacher=true")
         students = {n: getattr(self, n) for n in ("student", "student_layers", "student_config")}
         given = [f"{name}={value!r}" for name, value in students.items() if value is not None]
         if len(given) > 1:

@@ -1,0 +1,165 @@
+"""The command line: distill, check and recipes.
+
+Help answers without importing torch; a command imports what it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from hf_kd import recipes
+from hf_kd.options import DistillationOptions, RunOptions, nearest
+
+OVERVIEW = """\
+hf-kd: distil a Transformers model into a small one, and see what it gained
+
+  hf-kd distill                        the default recipe, digits: train, compare, print the table
+  hf-kd distill --config my.yaml --temperature 4
+                                       a file or a recipe; flags beat it
+  hf-kd distill --teacher DIR_OR_ID --student DIR_OR_ID --dataset ID_OR_FILE
+  hf-kd check ...                      the same options: load, look, train nothing
+  hf-kd recipes [NAME]                 list the shipped recipes, or print one
+  hf-kd distill --help                 the options
+
+On several processes or devices: accelerate launch scripts/distill.py ... (the same options)
+"""
+
+# Of TrainingArguments, what the help names; `--help-all` lists the rest.
+TRAINING = """
+output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size
+gradient_accumulation_steps warmup_steps weight_decay lr_scheduler_type bf16 seed eval_strategy logging_steps
+save_strategy load_best_model_at_end resume_from_checkpoint use_cpu report_to
+""".split()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the arguments (default: those of the process).
+
+    Returns:
+        the exit status: 0, or 2 for wrong options, or 1 when `check` found problems.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(OVERVIEW)
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        return _fail(
+            f"unknown command {command!r}{nearest(command, COMMANDS)} (there are {', '.join(COMMANDS)})"
+        )
+    try:
+        return COMMANDS[command](rest)
+    except ValueError as error:
+        if not _raised_here(error):
+            raise
+        return _fail(str(error))
+
+
+def distill(argv: list[str]) -> int:
+    """Distil, measure teacher, student and control, and save the student."""
+    if _helped("distill", argv):
+        return 0
+    from hf_kd import run
+    from hf_kd.config import parse
+
+    run.distill(*parse(argv))
+    return 0
+
+
+def check(argv: list[str]) -> int:
+    """Load what a run would load and say what it would do, without training."""
+    if _helped("check", argv):
+        return 0
+    from hf_kd import run
+    from hf_kd.config import parse
+
+    return 1 if run.check(*parse(argv), launch=_launch_line(argv)) else 0
+
+
+def list_recipes(argv: list[str]) -> int:
+    """List the recipes, or print one."""
+    if len(argv) > 1 or (argv and argv[0].startswith("-")):
+        sys.stdout.write(
+            "hf-kd recipes          list the shipped recipes\nhf-kd recipes NAME     print one\n"
+        )
+        return 0 if argv[0] in ("-h", "--help") else 2
+    if argv:
+        sys.stdout.write(recipes.text(argv[0]))
+        return 0
+    width = max(map(len, recipes.names()))
+    for name in recipes.names():
+        sys.stdout.write(f"{name:<{width}}  {recipes.summary(name)}\n")
+    sys.stdout.write("\nhf-kd recipes NAME prints one, hf-kd distill --config NAME runs it\n")
+    return 0
+
+
+COMMANDS = {"distill": distill, "check": check, "recipes": list_recipes}
+
+
+def help_text(command: str) -> str:
+    """The help of `distill` and `check`: every option of ours on a line, and Trainer's by name."""
+    lines = [
+        f"usage: hf-kd {command} [--config FILE_OR_RECIPE] [--OPTION VALUE ...]     (flags beat the file)",
+        "",
+        "Distillation: loss = (1 - alpha) * task + alpha * temperature^2 * divergence(teacher, student)",
+        *_option_lines(DistillationOptions),
+        "",
+        "Models and data",
+        *_option_lines(RunOptions),
+        "",
+        "Training: every option of transformers.TrainingArguments (--help-all lists them), such as",
+    ]
+    names = " ".join(f"--{name}" for name in TRAINING)
+    indent = "  "
+    lines += textwrap.wrap(
+        names, 108, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _option_lines(cls: type) -> list[str]:
+    lines = []
+    for field in dataclasses.fields(cls):
+        default = "" if field.default is None else f" [{str(field.default).lower()}]"
+        lines.append(f"  --{field.name + default:<32} {field.metadata['help']}")
+    return lines
+
+
+def _helped(command: str, argv: list[str]) -> bool:
+    """Answer `--help` and `--help-all`, whatever stands around them."""
+    if "--help-all" in argv:
+        from hf_kd.config import help_all
+
+        sys.stdout.write(help_all())
+        return True
+    if "--help" in argv or "-h" in argv:
+        sys.stdout.write(help_text(command))
+        return True
+    return False
+
+
+def _launch_line(argv: list[str]) -> str:
+    import shlex
+
+    return f"accelerate launch scripts/distill.py {shlex.join(argv)}".rstrip()
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether the message is ours: written for the user, who then needs no traceback."""
+    frames: list[Any] = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__", "")).startswith("hf_kd")
+
+
+def _fail(message: str) -> int:
+    rank = os.environ.get("RANK")
+    sys.stderr.write(f"hf-kd{f' (rank {rank})' if rank else ''}: error: {message}\n")
+    return 2

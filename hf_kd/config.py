@@ -1,0 +1,289 @@
+"""`DistillationArguments`, and how flags and YAML become options.
+
+YAML values go through the converters of the flags, so `2e-5` is a float in both; flags beat YAML; an unknown
+name is an error that offers the nearest one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+import typing
+from argparse import Action, ArgumentTypeError
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_kd import recipes
+from hf_kd.losses.divergences import resolve_divergence
+from hf_kd.options import DistillationOptions, RunOptions, nearest, raise_problems
+
+# A flag for one of these drops what the YAML says about its siblings: they are ways to say the same thing.
+_ALTERNATIVES = (("teacher", "teacher_config"), ("student", "student_layers", "student_config"))
+
+
+@dataclass
+class DistillationArguments(DistillationOptions, TrainingArguments):
+    """`TrainingArguments` and the options of distillation; every field is a flag of `hf-kd distill`.
+
+    Raises:
+        ValueError: one message with every problem of the options.
+    """
+
+    # Trainer's default hides a NaN loss from the curve.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave NaN and infinite losses out of the logged mean."}
+    )
+
+    def __post_init__(self) -> None:
+        _claim_cpu_ranks()
+        TrainingArguments.__post_init__(self)
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise one `ValueError` that lists every problem of these options."""
+        problems = self.distillation_problems()
+        if self.fp16 and self.device.type == "cpu":
+            problems.append(
+                "fp16=True does not train on device 'cpu': use bf16=True (with use_cpu=True) or drop fp16"
+            )
+        raise_problems(problems)
+
+    def distillation_problems(self) -> list[str]:
+        """The problems of the options, and of the divergence that they name."""
+        found = super().distillation_problems()
+        options = self.divergence_options
+        if self.divergence not in (None, "auto"):
+            try:
+                resolve_divergence(self.divergence, options if isinstance(options, dict) else None)
+            except ValueError as error:
+                found.append(str(error))
+        elif options:
+            found.append(
+                f"divergence_options={options} need a divergence that takes them, "
+                f"not divergence={self.divergence!r}: name one, e.g. divergence='jsd'"
+            )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; a callable divergence becomes its `module:name`."""
+        values = super().to_dict()
+        values["divergence"] = _import_name(self.divergence)
+        return values
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its arguments beside each checkpoint, and a lambda cannot be pickled.
+        return {**self.__dict__, "divergence": _import_name(self.divergence)}
+
+
+def _claim_cpu_ranks() -> None:
+    """Let several processes train on the CPU.
+
+    Accelerate takes several ranks to mean several devices and, where there are none, runs each rank alone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+
+def _import_name(value: Any) -> Any:
+    if not callable(value):
+        return value
+    named = inspect.unwrap(getattr(value, "func", value))
+    return f"{getattr(named, '__module__', '?')}:{getattr(named, '__qualname__', type(named).__qualname__)}"
+
+
+class _Parser(HfArgumentParser):
+    """Reads both dataclasses; raises instead of printing two screens of usage."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            [RunOptions, DistillationArguments], prog="hf-kd distill", allow_abbrev=False, add_help=False
+        )
+        hints = {**typing.get_type_hints(RunOptions), **typing.get_type_hints(DistillationArguments)}
+        self.names: dict[str, Action] = {}
+        self.hints: dict[str, tuple[Any, ...]] = {}
+        for action in self._actions:
+            # The `--no_x` complement of a switch shares its destination; the first one has the converter.
+            self.names.setdefault(action.dest, action)
+        for name, hint in hints.items():
+            members = typing.get_args(hint) if typing.get_origin(hint) not in (list, dict) else (hint,)
+            self.hints[name] = tuple(typing.get_origin(member) or member for member in members) or (hint,)
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(message)
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.2 scalars: `2e-5` is a number and `no` is a word."""
+
+
+_YamlLoader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+):
+    _YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def parse(argv: Sequence[str]) -> tuple[RunOptions, DistillationArguments]:
+    """Turn `--config` and flags into checked options.
+
+    Args:
+        argv: flags without the program's name; `--config` takes a file or the name of a recipe.
+
+    Returns:
+        the models and data of the run, and the arguments of the trainer.
+
+    Raises:
+        ValueError: an unknown flag or key, a value of another type, or options that contradict each other.
+    """
+    parser = _Parser()
+    config, flags = _take_config(argv)
+    given = {_flag_name(token) for token in flags if token.startswith("--")}
+    if config is None and not given & {"teacher", "teacher_config", "dataset"}:
+        config = recipes.DEFAULT
+    if config is not None:
+        values = _read_yaml(parser, config)
+        for group in _ALTERNATIVES:
+            if given & set(group):
+                values = {name: value for name, value in values.items() if name not in group}
+        parser.set_defaults(**values)
+    namespace, unknown = parser.parse_known_args(flags)
+    _refuse_unknown(parser, unknown)
+    return _build(vars(namespace))
+
+
+def _build(values: dict[str, Any]) -> tuple[RunOptions, DistillationArguments]:
+    """Make the dataclasses; the problems of both come in one message."""
+
+    def fields_of(cls: type) -> dict[str, Any]:
+        return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}
+
+    run = RunOptions(**fields_of(RunOptions))
+    problems = run.run_problems()
+    early = DistillationOptions(**fields_of(DistillationOptions)).distillation_problems()
+    if run.unlabelled and values["alpha"] != 1.0:
+        problems.append(f"unlabelled=True and alpha={values['alpha']}: without labels set alpha=1")
+    if problems:
+        raise_problems([*problems, *early])
+    return run, DistillationArguments(**fields_of(DistillationArguments))
+
+
+def _flag_name(token: str) -> str:
+    name = token.removeprefix("--").split("=", 1)[0].replace("-", "_")
+    return name.removeprefix("no_")
+
+
+def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Split `--config VALUE` or `--config=VALUE` from the other flags."""
+    config, rest, tokens = None, [], iter(argv)
+    for token in tokens:
+        if token == "--config":
+            config = next(tokens, None)
+            if config is None or config.startswith("--"):
+                raise ValueError("--config needs a value: a YAML file or the name of a recipe")
+        elif token.startswith("--config="):
+            config = token.removeprefix("--config=")
+        else:
+            rest.append(token)
+    return config, rest
+
+
+def _refuse_unknown(parser: _Parser, unknown: list[str]) -> None:
+    flags = [token for token in unknown if token.startswith("-")]
+    if flags:
+        name = flags[0].split("=", 1)[0]
+        known = {f"--{known}" for known in (*parser.names, "config")}
+        raise ValueError(
+            f"unknown option {name}{nearest('--' + _flag_name(name), known)} (see --help and --help-all)"
+        )
+    if unknown:
+        raise ValueError(
+            f"unexpected argument {unknown[0]!r}: every value needs a flag, as in --config my.yaml"
+        )
+
+
+def _read_yaml(parser: _Parser, config: str) -> dict[str, Any]:
+    """Read a file or a recipe into option values, each through the converter of its flag."""
+    source, text = _config_text(config)
+    try:
+        loader = _YamlLoader(text)
+        root = loader.get_single_node()
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not YAML: {error}") from None
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{source} must be a mapping of options, as in `alpha: 0.5`")
+    values: dict[str, Any] = {}
+    for key_node, value_node in root.value:
+        name = str(key_node.value)
+        where = f"{source}, line {key_node.start_mark.line + 1}"
+        if name not in parser.names:
+            raise ValueError(f"{where}: unknown option {name!r}{nearest(name, parser.names)}")
+        if name in values:
+            raise ValueError(f"{where}: {name!r} is set twice")
+        try:
+            values[name] = _convert(parser, name, value_node, loader)
+        except (ValueError, TypeError, ArgumentTypeError) as error:
+            raise ValueError(f"{where}: {name}: {error}") from None
+    return values
+
+
+def _config_text(config: str) -> tuple[str, str]:
+    path = Path(config).expanduser()
+    if path.is_file():
+        return str(path), path.read_text(encoding="utf-8")
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise ValueError(f"config={config!r} does not exist (looked for {path.absolute()})")
+    try:
+        return f"recipe {config}", recipes.text(config)
+    except ValueError as error:
+        raise ValueError(f"config={config!r} is not a file, and {error}") from None
+
+
+def _convert(parser: _Parser, name: str, node: yaml.Node, loader: _YamlLoader) -> Any:
+    """The value of one YAML node, converted as the text of the flag would be."""
+    action, kinds = parser.names[name], parser.hints[name]
+    if isinstance(node, yaml.MappingNode):
+        if dict not in kinds:
+            raise ValueError("takes no mapping")
+        return loader.construct_document(node)
+    if isinstance(node, yaml.SequenceNode):
+        if list not in kinds:
+            raise ValueError("takes one value, not a list")
+        return [_convert_scalar(action, item) for item in node.value]
+    if node.tag.endswith(":null"):
+        if action.default is not None and type(None) not in kinds:
+            raise ValueError(f"takes no null; leave it out for the default, {action.default!r}")
+        return None
+    value = _convert_scalar(action, node)
+    return [value] if action.nargs == "+" else value
+
+
+def _convert_scalar(action: Action, node: yaml.Node) -> Any:
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError("takes a flat list")
+    convert = action.type
+    try:
+        value = convert(node.value) if callable(convert) else node.value
+    except ValueError:
+        raise ValueError(f"invalid {getattr(convert, '__name__', 'option')} value: {node.value!r}") from None
+    if action.choices is not None and value not in action.choices:
+        raise ValueError(f"{node.value!r} is not one of {', '.join(map(str, action.choices))}")
+    return value
+
+
+def help_all() -> str:
+    """The help of every flag, Trainer's included."""
+    return _Parser().format_help()
