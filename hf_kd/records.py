@@ -6,7 +6,7 @@ import enum
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 OPTIONS_FILE = "distillation.yaml"
 TEACHER_FILE = "teacher.json"
-_SECRETS = ("token", "password", "secret")
+_SECRETS = ("_token", "_password", "_secret")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -32,7 +32,7 @@ def resolved_options(args: Any) -> dict[str, Any]:
     """Every option of a dataclass that can be given again, as plain YAML values; secrets are left out."""
     plain: dict[str, Any] = {}
     for spec in fields(args):
-        if not spec.init or any(word in spec.name for word in _SECRETS):
+        if not spec.init or spec.name.endswith(_SECRETS):
             continue
         value = getattr(args, spec.name)
         plain[spec.name] = _plain(value)
@@ -42,6 +42,8 @@ def resolved_options(args: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
