@@ -200,14 +200,24 @@ class SequenceClassification(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class CausalLM(Task):
-    """Next-token prediction: position i counts if and only if `labels[i + 1]` is a label."""
+    """Next-token prediction: position i counts if and only if `labels[i + 1]` is a label.
+
+    A padding token predicts nothing: the last of the left padding would otherwise predict the first token of
+    the row, and the loss would depend on the side of the padding.
+    """
 
     def flat_labels(self, batch: Batch) -> Tensor | None:
         """Labels moved one step to the left, so that logits need no slicing copy."""
         if batch.get("shift_labels") is not None:
             return batch["shift_labels"]
         labels = super().flat_labels(batch)
-        return None if labels is None else F.pad(labels[:, 1:], (0, 1), value=self.ignore_index)
+        if labels is None:
+            return None
+        shifted = F.pad(labels[:, 1:], (0, 1), value=self.ignore_index)
+        mask = batch.get("attention_mask")
+        if mask is None or mask.shape != shifted.shape:
+            return shifted
+        return shifted.masked_fill(mask == 0, self.ignore_index)
 
     def exists(self, batch: Batch) -> Tensor:
         """Token i and token i + 1 both exist and belong to the same packed sequence."""

@@ -1,0 +1,69 @@
+"""Two CPU ranks, started as a user would, give the gradient of one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_kd import DistillationArguments, DistillationTrainer
+
+from .heads import HEADS, Collator, models, oracle, rows_of
+from .test_gradient import assert_same
+from .two_ranks import rows_for
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two ranks computed, for all heads in one launch."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", str(ROOT / "hf_kd" / "accelerate" / "cpu2.yaml"),
+        str(ROOT / "tests" / "two_ranks.py"), str(folder),
+    ]
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_two_ranks(two_ranks: dict[str, Any], name: str) -> None:
+    """Trap 17: the gradient of two ranks is that of one, also when one rank has no supervised position."""
+    head = HEADS[name]
+    student, teacher = models(head)
+    expected, expected_grads = oracle(head, student, teacher, rows_for(name))
+    assert two_ranks[name]["loss"] == pytest.approx(float(expected), rel=1e-6)
+    assert_same(two_ranks[name]["grads"], expected_grads)
+
+
+def test_evaluation_is_exact(two_ranks: dict[str, Any], tmp_path: Path) -> None:
+    """Trap 24: means over supervised positions at T = 1, whatever the batch size and the number of ranks."""
+    head = HEADS["causal-lm"]
+    student, teacher = models(head)
+    loss, _ = oracle(head, student, teacher, rows_of(head, 7), alpha=0.0)
+    kl, _ = oracle(head, student, teacher, rows_of(head, 7), alpha=1.0, temperature=1.0)
+    for batch_size in (1, 3, 7):
+        trainer = DistillationTrainer(
+            student,
+            DistillationArguments(
+                output_dir=str(tmp_path), per_device_eval_batch_size=batch_size, remove_unused_columns=False,
+                disable_tqdm=True, temperature=4.0,
+            ),
+            teacher=teacher, eval_dataset=rows_of(head, 7), data_collator=Collator(head),
+        )
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(float(loss), rel=1e-9)
+        assert metrics["eval_kl"] == pytest.approx(float(kl), rel=1e-9)
+        for name in ("eval_loss", "eval_kl", "eval_agreement", "eval_teacher_entropy"):
+            assert two_ranks["evaluate"][name] == pytest.approx(metrics[name], rel=1e-9)

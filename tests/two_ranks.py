@@ -1,0 +1,58 @@
+"""One optimizer step per head on two ranks; rank 0 saves what `test_distributed.py` compares.
+
+Started as `python -m accelerate.commands.launch ... tests/two_ranks.py FOLDER`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hf_kd import DistillationArguments, DistillationTrainer  # noqa: E402
+from tests.heads import HEADS, Collator, models, rows_of  # noqa: E402
+from tests.test_gradient import step  # noqa: E402
+
+
+def rows_for(name: str) -> list:
+    """Eight rows with unequal supervision, but for `token`: two rows, one with every label masked."""
+    rows = rows_of(HEADS[name], 2 if name == "token" else 8, seed=3)
+    if name == "token":
+        rows[1]["labels"] = [-100] * len(rows[1]["labels"])
+    return rows
+
+
+def main(folder: Path) -> None:
+    """Run every head; also one evaluation of a number of rows that does not divide."""
+    results = {}
+    for name, head in HEADS.items():
+        student, teacher = models(head)
+        rows = rows_for(name)
+        accumulation = 1 if name == "token" else 2
+        loss, grads = step(
+            folder, head, student, teacher, rows,
+            gradient_accumulation_steps=accumulation, per_device_train_batch_size=len(rows) // 2 // accumulation,
+        )
+        results[name] = {"loss": loss, "grads": grads}
+    head = HEADS["causal-lm"]
+    student, teacher = models(head)
+    trainer = DistillationTrainer(
+        student,
+        DistillationArguments(
+            output_dir=str(folder), per_device_eval_batch_size=2, remove_unused_columns=False, disable_tqdm=True
+        ),
+        teacher=teacher, eval_dataset=rows_of(head, 7), data_collator=Collator(head),
+    )
+    metrics = trainer.evaluate()
+    assert trainer.accelerator.num_processes == 2
+    if trainer.accelerator.is_main_process:
+        results["evaluate"] = {k: v for k, v in metrics.items() if isinstance(v, float)}
+        torch.save(results, folder / "results.pt")
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
