@@ -10,6 +10,7 @@ import os
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,6 +69,7 @@ def distill(argv: list[str]) -> int:
     """Distil, measure teacher, student and control, and save the student."""
     if _helped("distill", argv):
         return 0
+    _quiet()
     from hf_kd import run
     from hf_kd.config import parse
 
@@ -79,6 +81,7 @@ def check(argv: list[str]) -> int:
     """Load what a run would load and say what it would do, without training."""
     if _helped("check", argv):
         return 0
+    _quiet()
     from hf_kd import run
     from hf_kd.config import parse
 
@@ -145,6 +148,14 @@ def _helped(command: str, argv: list[str]) -> bool:
         sys.stdout.write(help_text(command))
         return True
     return False
+
+
+def _quiet() -> None:
+    """Leave out what says nothing about the run."""
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading and writing weights; training has its own
 
 
 def _launch_line(argv: list[str]) -> str:

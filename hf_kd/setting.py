@@ -1,0 +1,328 @@
+"""What a run of the command line works on: data, processors, a teacher that knows its task, and a student."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from hf_kd.config import DistillationArguments
+from hf_kd.data.labels import describe_labels
+from hf_kd.data.prepare import Prepared, prepare
+from hf_kd.data.processors import load_processor
+from hf_kd.data.sources import load_raw
+from hf_kd.fresh import build_model, fresh_student
+from hf_kd.loading import check_path, load_model, task_of_checkpoint
+from hf_kd.options import RunOptions, as_mapping, raise_problems
+from hf_kd.records import write_text
+from hf_kd.students import init_student
+from hf_kd.tasks import TASKS
+from hf_kd.trainer import DistillationTrainer
+
+TRAINED_FILE = "trained.json"
+
+# Turns the arguments of a distillation into those of training one model.
+_ALONE: dict[str, Any] = {
+    "alpha": 0.0,
+    "alpha_end": None,
+    "alpha_schedule": "constant",
+    "kl_threshold": None,
+    "push_to_hub": False,
+}
+# Options that have no say in what a trained teacher becomes.
+_NOT_THE_TEACHERS = (
+    "student student_layers student_config control metrics test_split test_file max_eval_samples".split()
+)
+_OF_TRAINING = """
+num_train_epochs max_steps learning_rate per_device_train_batch_size gradient_accumulation_steps warmup_steps
+weight_decay lr_scheduler_type lr_scheduler_kwargs optim label_smoothing_factor max_grad_norm bf16 fp16 seed
+world_size
+""".split()
+
+
+@dataclass(kw_only=True)
+class Setting:
+    """What a run works on.
+
+    Attributes:
+        run: Models and data as they were asked for, with the task filled in.
+        args: The trainer's arguments.
+        console: Prints on rank 0, silent elsewhere.
+        teacher: The teacher, trained.
+        student: The student, before training.
+        processor: The student's tokenizer, image processor or feature extractor.
+        teacher_processor: The teacher's.
+        data: Rows, collator and metrics, with labels in the student's order.
+        teacher_data: The same with labels in the teacher's order.
+    """
+
+    run: RunOptions
+    args: DistillationArguments
+    console: Console
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    processor: Any
+    teacher_processor: Any
+    data: Prepared
+    teacher_data: Prepared
+
+
+def load(run: RunOptions, args: DistillationArguments, *, train: bool = True) -> Setting:
+    """Load data, processors, teacher and student; train the teacher if that was asked for.
+
+    Args:
+        run: Models and data.
+        args: The trainer's arguments.
+        train: False leaves a teacher that is still to be trained as it is.
+
+    Raises:
+        ValueError: What cannot be loaded, all of it.
+    """
+    console = Console(quiet=args.process_index != 0)
+    # Rank 0 first: the others find what it downloaded and prepared in the cache.
+    with args.main_process_first(desc="loading the data"):
+        raw, run = _load_named(run, args)
+    shared = {"task": run.task, "trust_remote_code": args.trust_remote_code}
+    teacher_processor = load_processor(run, raw, revision=args.teacher_revision, **shared)
+    processor = load_processor(run, raw, role="student", **shared) if run.student else teacher_processor
+    teacher = load_teacher(run, args, raw, teacher_processor)
+
+    def prepared(model: PreTrainedModel, own: Any, other: Any) -> Prepared:
+        with args.main_process_first(desc="preparing the rows"):
+            return prepare(
+                raw, run, task=str(run.task), processor=own, config=model.config, teacher_processor=other
+            )
+
+    teacher_data = prepared(teacher, teacher_processor, None)
+    if run.train_teacher:
+        teacher = trained_teacher(run, args, console, teacher, teacher_data, teacher_processor, train=train)
+    student = load_student(run, args, teacher)
+    same = processor is teacher_processor and _labels(student) == _labels(teacher)
+    return Setting(
+        run=run,
+        args=args,
+        console=console,
+        teacher=teacher,
+        student=student,
+        processor=processor,
+        teacher_processor=teacher_processor,
+        data=teacher_data if same else prepared(student, processor, teacher_processor),
+        teacher_data=teacher_data,
+    )
+
+
+def _load_named(run: RunOptions, args: DistillationArguments) -> tuple[DatasetDict, RunOptions]:
+    """Load the data and find the task; everything that does not exist is one message."""
+    problems: list[str] = []
+
+    def attempt(load: Callable[[], Any]) -> Any:
+        try:
+            return load()
+        except ValueError as error:
+            problems.append(str(error))
+
+    for option in ("teacher", "student"):
+        name = getattr(run, option)
+        if name:
+            attempt(lambda name=name, option=option: check_path(name, option))
+    task = run.task
+    if task is None and run.teacher and not problems:
+        task = attempt(
+            lambda: task_of_checkpoint(
+                str(run.teacher),
+                role="teacher",
+                revision=args.teacher_revision,
+                trust_remote_code=args.trust_remote_code,
+            )
+        )
+    elif task is None:
+        problems.append("task is not set, and teacher_config does not say it: set e.g. task='causal-lm'")
+    elif task not in TASKS:
+        problems.append(f"task={task!r} is not known: use one of {', '.join(sorted(TASKS))}")
+    raw = attempt(lambda: load_raw(run))
+    raise_problems(problems)
+    return raw, dataclasses.replace(run, task=task)
+
+
+def load_teacher(
+    run: RunOptions, args: DistillationArguments, raw: DatasetDict, processor: Any
+) -> PreTrainedModel:
+    """The teacher from its checkpoint, or a new one; with a head for the labels if it is to be trained."""
+    if run.teacher and not run.train_teacher:
+        return load_model(run.teacher, run.task, role="teacher", **_teacher_loading(args))  # type: ignore[return-value]
+    labels = describe_labels(raw, run)
+    names = list(labels.names) if labels is not None else []
+    if not run.teacher:
+        return build_model(
+            as_mapping(run.teacher_config),
+            task=str(run.task),
+            label_names=names or None,
+            num_labels=labels.count if labels is not None else run.num_labels,
+            problem_type=labels.problem_type if labels is not None else run.problem_type,
+            tokenizer=processor if hasattr(processor, "get_vocab") else None,
+            seed=args.seed,
+        )
+    head: dict[str, Any] = {}
+    if labels is not None:
+        head = _head(names or [str(i) for i in range(labels.count)], labels.problem_type)
+    return load_model(  # type: ignore[return-value]
+        run.teacher, run.task, role="teacher", new_head=True, **_teacher_loading(args), **head
+    )
+
+
+def _teacher_loading(args: DistillationArguments) -> dict[str, Any]:
+    return {
+        "dtype": args.teacher_dtype,
+        "device_map": args.teacher_device_map,
+        "revision": args.teacher_revision,
+        "trust_remote_code": args.trust_remote_code,
+    }
+
+
+def _head(names: list[str], problem_type: str | None) -> dict[str, Any]:
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+        "problem_type": problem_type,
+    }
+
+
+def _labels(model: PreTrainedModel) -> Any:
+    return getattr(model.config, "id2label", None)
+
+
+def trained_teacher(
+    run: RunOptions,
+    args: DistillationArguments,
+    console: Console,
+    teacher: PreTrainedModel,
+    data: Prepared,
+    processor: Any,
+    *,
+    train: bool,
+) -> PreTrainedModel:
+    """Train the teacher on the task, or take the one that an earlier run with the same options left.
+
+    Args:
+        run: Models and data.
+        args: The trainer's arguments; those of the teacher derive from them.
+        console: For progress.
+        teacher: What to train.
+        data: Its data.
+        processor: Saved beside it.
+        train: False returns the teacher as it is, unless a trained one is there.
+    """
+    folder = Path(args.output_dir) / "teacher"
+    own = teacher_arguments(run, args)
+    wanted = _recipe_of_teacher(run, own)
+    found = _read_json(folder / TRAINED_FILE)
+    if found != wanted:
+        if not train:
+            return teacher
+        changed = [name for name in wanted if found and found.get(name) != wanted[name]]
+        console.rule(
+            "teacher" + (f" (again, since {', '.join(changed)} changed)" if changed else ""), align="left"
+        )
+        trainer = alone(teacher, own, data, processor, run)
+        trainer.train()
+        trainer.save_model(str(folder))
+        if args.should_save:
+            write_text(folder / TRAINED_FILE, json.dumps(wanted, indent=2) + "\n")
+        trainer.accelerator.wait_for_everyone()
+        del trainer
+    else:
+        console.print(f"teacher: the one that was trained before with the same options, in {folder}")
+    loading = {**_teacher_loading(args), "revision": None}
+    return load_model(str(folder), run.task, role="teacher", **loading)  # type: ignore[return-value]
+
+
+def teacher_arguments(run: RunOptions, args: DistillationArguments) -> DistillationArguments:
+    """The arguments of the teacher's training: the student's, but for what `teacher_...` options say."""
+    changes: dict[str, Any] = {
+        **_ALONE,
+        "output_dir": str(Path(args.output_dir) / "teacher"),
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+    }
+    if run.teacher_epochs is not None:
+        changes |= {"num_train_epochs": run.teacher_epochs, "max_steps": -1}
+    if run.teacher_learning_rate is not None:
+        changes["learning_rate"] = run.teacher_learning_rate
+    if run.teacher_batch_size is not None:
+        changes["per_device_train_batch_size"] = run.teacher_batch_size
+    return dataclasses.replace(args, **changes)
+
+
+def alone(
+    model: PreTrainedModel, args: DistillationArguments, data: Prepared, processor: Any, run: RunOptions
+) -> DistillationTrainer:
+    """A trainer of one model without a teacher."""
+    trainer = DistillationTrainer(
+        model, dataclasses.replace(args, **_ALONE), task=run.task, **wiring(data, processor)
+    )
+    trainer.run_options = dataclasses.asdict(run)
+    return trainer
+
+
+def wiring(data: Prepared, processor: Any) -> dict[str, Any]:
+    """Prepared data as the arguments of a trainer."""
+    return {
+        "train_dataset": data.train,
+        "eval_dataset": data.eval,
+        "data_collator": data.collator,
+        "compute_metrics": data.compute_metrics,
+        "preprocess_logits_for_metrics": data.preprocess_logits_for_metrics,
+        "processing_class": processor,
+    }
+
+
+def _recipe_of_teacher(run: RunOptions, args: DistillationArguments) -> dict[str, Any]:
+    """All that decides what the trained teacher is, as JSON."""
+    options = {k: v for k, v in dataclasses.asdict(run).items() if k not in _NOT_THE_TEACHERS}
+    given = {name: _state_of(getattr(run, name)) for name in ("teacher", "dataset")}
+    training = {name: getattr(args, name) for name in _OF_TRAINING}
+    recipe = {**options, **training, **{f"{name}_changed": state for name, state in given.items()}}
+    return json.loads(json.dumps(recipe, default=str))
+
+
+def _state_of(name: str | None) -> int | None:
+    """When a local file or folder last changed; None for what is not local."""
+    path = Path(name or "").expanduser()
+    if not name or not path.exists():
+        return None
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return max((p.stat().st_mtime_ns for p in files), default=None)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def load_student(run: RunOptions, args: DistillationArguments, teacher: PreTrainedModel) -> PreTrainedModel:
+    """The student: a checkpoint of its own, a cut of the teacher's layers, or a fresh one of other sizes."""
+    if run.student_layers is not None:
+        return init_student(teacher, num_layers=run.student_layers)
+    if run.student_config is not None:
+        return fresh_student(teacher, as_mapping(run.student_config), seed=args.seed)
+    loading: dict[str, Any] = {
+        "role": "student",
+        "new_head": True,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    student = load_model(str(run.student), run.task, **loading)
+    theirs, ours = _labels(teacher), _labels(student)  # type: ignore[arg-type]
+    if theirs is None or ours is None or {*ours.values()} == {*theirs.values()}:
+        return student  # type: ignore[return-value]
+    head = _head(list(theirs.values()), getattr(teacher.config, "problem_type", None))
+    return load_model(str(run.student), run.task, **loading, **head)  # type: ignore[return-value]
