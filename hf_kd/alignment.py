@@ -38,7 +38,7 @@ class ClassMap:
     notes: tuple[str, ...] = ()
 
     def teacher(self, logits: Tensor) -> Tensor:
-        """Teacher logits `[P, C_t]` in the student's classes `[P, C]`; a new tensor where anything changes."""
+        """Teacher logits `[P, C_t]` in the student's classes `[P, C]`; never edited in place."""
         if self.order is not None:
             return logits[:, torch.tensor(self.order, device=logits.device)]
         return logits if self.shared is None else logits[:, : self.shared]
@@ -75,8 +75,10 @@ def align_labels(student: Any, teacher: Any) -> ClassMap:
         return ClassMap()
     if counts[0] != counts[1]:
         raise AlignmentError(
-            f"num_labels: the student has {counts[0]} labels, the teacher {counts[1]}. Give the student the teacher's "
-            "labels: from_pretrained(..., num_labels=teacher.config.num_labels, id2label=teacher.config.id2label)."
+            f"num_labels: the student has {counts[0]} labels, the teacher {counts[1]}. Give the student "
+            "the teacher's "
+            "labels: from_pretrained(..., num_labels=teacher.config.num_labels, "
+            "id2label=teacher.config.id2label)."
         )
     ours, theirs = label_names(student), label_names(teacher)
     if ours is None and theirs is None:
@@ -84,7 +86,8 @@ def align_labels(student: Any, teacher: Any) -> ClassMap:
     if ours is None or theirs is None:
         named, names = ("teacher", theirs) if ours is None else ("student", ours)
         raise AlignmentError(
-            f"id2label: only the {named} has label names ({_short(names)}), so the order of the other model's classes "
+            f"id2label: only the {named} has label names ({_short(names)}), so the order of the other "
+            "model's classes "
             "is not known. Set `id2label` of the model without names to the order that it was trained in "
             "(for a new student: student.config.id2label = teacher.config.id2label)."
         )
@@ -93,17 +96,22 @@ def align_labels(student: Any, teacher: Any) -> ClassMap:
         return ClassMap()
     if sorted(keys[0]) != sorted(keys[1]) or len(set(keys[0])) != len(keys[0]):
         raise AlignmentError(
-            f"id2label: the student's labels are {_short(ours)}, the teacher's {_short(theirs)}. Rename them in one "
+            f"id2label: the student's labels are {_short(ours)}, the teacher's {_short(theirs)}. Rename "
+            "them in one "
             "config so that the same class has the same name."
         )
     order = tuple(keys[1].index(name) for name in keys[0])
     return ClassMap(
         order=order,
-        notes=(f"id2label: the teacher's classes {_short(theirs)} are permuted to the student's {_short(ours)}.",),
+        notes=(
+            f"id2label: the teacher's classes {_short(theirs)} are permuted to the student's {_short(ours)}.",
+        ),
     )
 
 
-def align_vocabulary(student_size: int, teacher_size: int, student_tokens: Any, teacher_tokens: Any) -> ClassMap:
+def align_vocabulary(
+    student_size: int, teacher_size: int, student_tokens: Any, teacher_tokens: Any
+) -> ClassMap:
     """Match two vocabularies: the same tokens with more padding on one side are cut to the shared range.
 
     Args:
@@ -120,28 +128,33 @@ def align_vocabulary(student_size: int, teacher_size: int, student_tokens: Any, 
         difference = first_difference(student_tokens, teacher_tokens)
         if difference is not None:
             raise AlignmentError(
-                f"tokenizer: student and teacher use different tokenizers ({difference}). Token-level losses need the "
-                "same one: build the student on the teacher's tokenizer, or distil through labels that the teacher "
+                f"tokenizer: student and teacher use different tokenizers ({difference}). Token-level "
+                "losses need the "
+                "same one: build the student on the teacher's tokenizer, or distil through labels that the "
+                "teacher "
                 "generates (alpha=0 on its outputs)."
             )
     if student_size == teacher_size:
         return ClassMap()
     if student_tokens is None or teacher_tokens is None:
         raise AlignmentError(
-            f"vocab_size: the student predicts {student_size} tokens, the teacher {teacher_size}, and without both "
+            f"vocab_size: the student predicts {student_size} tokens, the teacher {teacher_size}, and "
+            "without both "
             "tokenizers nobody knows whether that is padding. Pass `processing_class` (and "
             "`teacher_processing_class` if it is not found beside the teacher)."
         )
     shared = min(student_size, teacher_size)
     if len(student_tokens) > shared:
         raise AlignmentError(
-            f"vocab_size: the tokenizer has {len(student_tokens)} tokens but one model predicts only {shared}. Resize "
+            f"vocab_size: the tokenizer has {len(student_tokens)} tokens but one model predicts only "
+            f"{shared}. Resize "
             "its embeddings: model.resize_token_embeddings(len(tokenizer))."
         )
     return ClassMap(
         shared=shared,
         notes=(
-            f"vocab_size: the student predicts {student_size} tokens, the teacher {teacher_size}; both are compared on "
+            f"vocab_size: the student predicts {student_size} tokens, the teacher {teacher_size}; both are "
+            "compared on "
             f"the shared {shared} and renormalised there (evaluation logs the teacher mass dropped).",
         ),
     )
@@ -154,7 +167,8 @@ def first_difference(student_tokens: Any, teacher_tokens: Any) -> str | None:
     ours, theirs = ({i: t for t, i in tok.get_vocab().items()} for tok in (student_tokens, teacher_tokens))
     for index in sorted(ours.keys() | theirs.keys()):
         if ours.get(index) != theirs.get(index):
-            return f"token id {index} is {ours.get(index)!r} for the student and {theirs.get(index)!r} for the teacher"
+            mine, other = ours.get(index), theirs.get(index)
+            return f"token id {index} is {mine!r} for the student and {other!r} for the teacher"
     return None
 
 

@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 class KLThresholdCallback(TrainerCallback):
     """End training at the evaluation whose KL to the teacher is at or below a threshold.
 
-    This is the loop of the classic formulation, "repeat until the KL reaches the threshold"; `max_steps` or the
-    epochs end it otherwise. With several evaluation sets, all of them have to be there.
+    This is the loop of the classic formulation, "repeat until the KL reaches the threshold"; `max_steps` or
+    the epochs end it otherwise. With several evaluation sets, all of them have to be there.
 
     Args:
         threshold: In nats, at T = 1, mean over supervised positions.
@@ -38,7 +38,9 @@ class KLThresholdCallback(TrainerCallback):
                 self._reached[name] = value <= self.threshold
                 logger.info("%s = %.3g nats, threshold %.3g", name, value, self.threshold)
         if self._reached and all(self._reached.values()) and state.global_step > 0:
-            logger.warning("kl_threshold=%g reached at step %d: training ends.", self.threshold, state.global_step)
+            logger.warning(
+                "kl_threshold=%g reached at step %d: training ends.", self.threshold, state.global_step
+            )
             control.should_training_stop = True
 
 

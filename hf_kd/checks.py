@@ -80,8 +80,8 @@ class Report:
             table.add_row(*row)
         console.print(table)
         table = Table("weight", "term", title="Loss", title_justify="left")
-        for row in self.terms:
-            table.add_row(*row)
+        for term in self.terms:
+            table.add_row(*term)
         console.print(table)
         for name, value in self.facts:
             console.print(Text.assemble((f"{name}: ", "bold"), value))
@@ -107,12 +107,12 @@ def align(trainer: DistillationTrainer) -> ClassMap:
     teacher = trainer.teacher
     if not isinstance(teacher, ModelTeacher) or trainer.task.name in PLACE_TASKS:
         return ClassMap()
-    student_config, teacher_config = (getattr(m, "config", None) for m in (trainer.model, teacher.model))
+    student_config, teacher_config = (getattr(m, "config", None) for m in (trainer.student, teacher.model))
     if student_config is None or teacher_config is None:
         return ClassMap()
     if trainer.task.name in VOCABULARY_TASKS:
         return align_vocabulary(
-            _vocab_size(trainer.model),
+            _vocab_size(trainer.student),
             _vocab_size(teacher.model),
             trainer.processing_class,
             trainer.teacher_processing_class or _tokenizer_beside(teacher.model),
@@ -121,7 +121,8 @@ def align(trainer: DistillationTrainer) -> ClassMap:
 
 
 def _vocab_size(model: nn.Module) -> int:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
     weight = getattr(head, "weight", None)
     if weight is not None:
         return int(weight.shape[0])
@@ -155,7 +156,9 @@ def inspect(trainer: DistillationTrainer, *, training: bool = True) -> Report:
     report.terms = trainer.objective.describe(trainer.mix())
     if training:
         _check_options(trainer, report)
-    name, dataset = ("train_dataset", trainer.train_dataset) if training else ("eval_dataset", _first_eval(trainer))
+    name, dataset = (
+        ("train_dataset", trainer.train_dataset) if training else ("eval_dataset", _first_eval(trainer))
+    )
     if dataset is None:
         if training:
             report.add("train_dataset", "train_dataset is None; training needs data.")
@@ -184,31 +187,41 @@ def _check_options(trainer: DistillationTrainer, report: Report) -> None:
         elif trainer.objective.task.kind == "regression":
             report.add(
                 "kl_threshold",
-                f"kl_threshold={args.kl_threshold} has no meaning for regression, which has no KL; remove it.",
+                f"kl_threshold={args.kl_threshold} has no meaning for regression, which has no KL; remove "
+                "it.",
             )
-        elif str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no" or trainer.eval_dataset is None:
+        elif (
+            str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no"
+            or trainer.eval_dataset is None
+        ):
             report.add(
                 "kl_threshold",
                 f"kl_threshold={args.kl_threshold} is compared at evaluations, but eval_strategy="
                 f"{getattr(args.eval_strategy, 'value', args.eval_strategy)!r} and eval_dataset is "
-                f"{'missing' if trainer.eval_dataset is None else 'given'}; set eval_strategy='steps' or 'epoch' "
+                f"{'missing' if trainer.eval_dataset is None else 'given'}; set eval_strategy='steps' or "
+                "'epoch' "
                 "and give an eval_dataset.",
             )
     if args.label_smoothing_factor and trainer.compute_loss_func is not None:
         report.add(
             "label_smoothing_factor",
-            f"label_smoothing_factor={args.label_smoothing_factor} and compute_loss_func both define the task loss; "
+            f"label_smoothing_factor={args.label_smoothing_factor} and compute_loss_func both define the "
+            "task loss; "
             "keep one.",
         )
     if args.label_smoothing_factor and trainer.task.kind == "regression":
-        report.add("label_smoothing_factor", "label_smoothing_factor has no meaning for regression; set it to 0.")
-    if getattr(getattr(trainer.model, "config", None), "output_router_logits", False):
+        report.add(
+            "label_smoothing_factor", "label_smoothing_factor has no meaning for regression; set it to 0."
+        )
+    if getattr(getattr(trainer.student, "config", None), "output_router_logits", False):
         report.warnings.append(
             "config.output_router_logits=True: the router's auxiliary loss is not part of this objective."
         )
 
 
-def _first_batch(trainer: DistillationTrainer, dataset: Any, name: str, report: Report) -> dict[str, Any] | None:
+def _first_batch(
+    trainer: DistillationTrainer, dataset: Any, name: str, report: Report
+) -> dict[str, Any] | None:
     """Collate the first rows as the dataloader would, leaving every random generator as it was."""
     import datasets
 
@@ -219,7 +232,9 @@ def _first_batch(trainer: DistillationTrainer, dataset: Any, name: str, report: 
             collator = trainer.data_collator
             if isinstance(dataset, datasets.Dataset):
                 rows = trainer._remove_unused_columns(dataset, "first batch")
-                features = [{k: v for k, v in rows[i].items() if k != ROW} for i in range(min(size, len(rows)))]
+                features = [
+                    {k: v for k, v in rows[i].items() if k != ROW} for i in range(min(size, len(rows)))
+                ]
             else:
                 collator = trainer._get_collator_with_removed_columns(collator, "first batch")
                 stream = hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__")
@@ -248,7 +263,7 @@ def _first_batch(trainer: DistillationTrainer, dataset: Any, name: str, report: 
 def _read_columns(trainer: DistillationTrainer) -> list[str]:
     teacher = trainer.teacher.columns if trainer.teacher is not None else ()
     plain = [c for c in teacher if not c.startswith(TEACHER_PREFIX)]
-    return sorted({*forward_parameters(trainer.model), *plain})
+    return sorted({*forward_parameters(trainer.student), *plain})
 
 
 def _check_batch(trainer: DistillationTrainer, batch: dict[str, Any], report: Report) -> None:
@@ -257,7 +272,8 @@ def _check_batch(trainer: DistillationTrainer, batch: dict[str, Any], report: Re
     if not trainer.student_inputs({k: v for k, v in batch.items() if k not in task.labels}):
         report.add(
             "train_dataset",
-            f"The batch has the columns {columns}, but the student reads {list(forward_parameters(trainer.model))}; "
+            f"The batch has the columns {columns}, but the student reads "
+            f"{list(forward_parameters(trainer.student))}; "
             "rename the columns.",
         )
         return
@@ -271,18 +287,23 @@ def _check_batch(trainer: DistillationTrainer, batch: dict[str, Any], report: Re
         report.add(
             "alpha",
             f"alpha={args.alpha} gives the task loss a weight of {1 - args.alpha:g}, but the data has no "
-            f"{' / '.join(repr(name) for name in task.labels)} column (it has {columns}). Set alpha=1 to distil without "
+            f"{' / '.join(repr(name) for name in task.labels)} column (it has {columns}). Set alpha=1 to "
+            "distil without "
             "labels, or add the column.",
         )
     counts = counts_of([supervision]).tolist()
     report.facts.append(
-        ("supervised positions in the first batch", f"{counts[1]:g} x {task.position}, {counts[0]:g} with a label")
+        (
+            "supervised positions in the first batch",
+            f"{counts[1]:g} x {task.position}, {counts[0]:g} with a label",
+        )
     )
     wanted = counts[0] if needs_labels and supervision.labels is not None else counts[1]
     if wanted == 0:
         report.add(
             task.labels[0] if task.labels else "labels",
-            f"All labels of the first batch are {task.ignore_index} (no label): nothing would be learnt. Check the "
+            f"All labels of the first batch are {task.ignore_index} (no label): nothing would be learnt. "
+            "Check the "
             "preprocessing, or set alpha=1 and supervise='all' to distil without labels.",
         )
         return
@@ -295,23 +316,25 @@ def _check_models_on(
     trainer: DistillationTrainer, batch: Batch, supervision: Supervision, report: Report
 ) -> None:
     task = trainer.task
-    training = trainer.model.training
-    trainer.model.eval()
+    training = trainer.student.training
+    trainer.student.eval()
     try:
         with torch.random.fork_rng():
-            inputs = task.model_inputs(batch, trainer.model)
-            outputs = trainer.model(**trainer.student_inputs(inputs))
+            inputs = task.model_inputs(batch, trainer.student)
+            outputs = trainer.student(**trainer.student_inputs(inputs))
             student = task.flat(named_logits(outputs, task.logits), batch)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         report.add("model", f"The student cannot run on the first batch ({type(error).__name__}: {error}).")
         return
     finally:
-        trainer.model.train(training)
+        trainer.student.train(training)
     if student.shape[0] != len(supervision.kd_weight):
         report.add(
             "task",
-            f"Task {task.name!r} expects {len(supervision.kd_weight)} positions in the first batch, but the student "
-            f"gives logits for {student.shape[0]} (logits {tuple(student.shape)}); choose the task that fits.",
+            f"Task {task.name!r} expects {len(supervision.kd_weight)} positions in the first batch, but "
+            "the student "
+            f"gives logits for {student.shape[0]} (logits {tuple(student.shape)}); choose the task that "
+            "fits.",
         )
         return
     labels_fit = _check_labels(trainer, supervision, student.shape[-1], report)
@@ -335,26 +358,30 @@ def _check_models_on(
     if z.shape[-1] != t.shape[-1]:
         report.add(
             "teacher",
-            f"teacher: its head has {t.shape[-1]} classes, the student's {z.shape[-1]}; give both the same labels.",
+            f"teacher: its head has {t.shape[-1]} classes, the student's {z.shape[-1]}; give both the same "
+            "labels.",
         )
         return
     if not bool(t[supervision.kd_weight > 0].isfinite().any(-1).all()):
         report.add("teacher", "teacher: its logits on the first batch are NaN or infinite; check its dtype.")
         return
-    if labels_fit and task.kind == "classes":
+    if labels_fit and task.kind == "classes" and supervision.task_weight.shape == supervision.kd_weight.shape:
         _check_teacher_knows(trainer, student, teacher, supervision, report)
 
 
-def _check_labels(trainer: DistillationTrainer, supervision: Supervision, classes: int, report: Report) -> bool:
+def _check_labels(
+    trainer: DistillationTrainer, supervision: Supervision, classes: int, report: Report
+) -> bool:
     """Whether every label is a class of the student; notes a problem if not. Regression has no range."""
     labels, task = supervision.labels, trainer.task
-    if labels is None or task.kind == "regression":
+    if not isinstance(labels, Tensor) or task.kind == "regression":
         return labels is not None
-    counted = labels[supervision.task_weight > 0]
+    counted = labels[labels != task.ignore_index]
     if counted.is_floating_point():
         report.add(
             "problem_type",
-            f"labels are {counted.dtype}, but the head gives classes; use integer labels, or set problem_type to "
+            f"labels are {counted.dtype}, but the head gives classes; use integer labels, or set "
+            "problem_type to "
             "'multi_label_classification' or 'regression' in the student's config.",
         )
         return False
@@ -364,9 +391,13 @@ def _check_labels(trainer: DistillationTrainer, supervision: Supervision, classe
         worst = sorted({int(v) for v in out.tolist()})[:5]
         multi = isinstance(task, SequenceClassification) and task.problem_type == "multi"
         fix = (
-            "multi-label targets are 0 or 1 per label" if multi else "give num_labels classes, or map the labels"
+            "multi-label targets are 0 or 1 per label"
+            if multi
+            else "give num_labels classes, or map the labels"
         )
-        report.add(name, f"{name} has the values {worst}, outside the student's classes 0 to {classes - 1}; {fix}.")
+        report.add(
+            name, f"{name} has the values {worst}, outside the student's classes 0 to {classes - 1}; {fix}."
+        )
         return False
     return True
 
@@ -385,14 +416,15 @@ def _check_teacher_knows(
     report.facts.append(("teacher's own loss on the first batch", f"{loss:.3g} (uniform guess {chance:.3g})"))
     if loss >= 0.98 * chance:
         report.warnings.append(
-            f"The teacher's own loss on the first batch is {loss:.3g}, no better than a uniform guess ({chance:.3g}): "
+            f"The teacher's own loss on the first batch is {loss:.3g}, no better than a uniform guess "
+            f"({chance:.3g}): "
             "was its head trained on this task, with the labels in this order?"
         )
 
 
 def _describe_models(trainer: DistillationTrainer, report: Report) -> None:
     teacher = trainer.teacher.model if isinstance(trainer.teacher, ModelTeacher) else None
-    student = trainer.accelerator.unwrap_model(trainer.model)
+    student = trainer.accelerator.unwrap_model(trainer.student)
 
     def rows(model: nn.Module | None) -> list[str]:
         if model is None:
@@ -405,7 +437,9 @@ def _describe_models(trainer: DistillationTrainer, report: Report) -> None:
             str(getattr(model, "name_or_path", "") or "-"),
             f"{sum(unique.values()):,}",
             *(str(getattr(config, name, "-")) for name in names),
-            f"{getattr(model, 'dtype', next(iter(p.dtype for p in model.parameters()), '-'))}".removeprefix("torch."),
+            f"{getattr(model, 'dtype', next(iter(p.dtype for p in model.parameters()), '-'))}".removeprefix(
+                "torch."
+            ),
         ]
 
     labels = ("class", "from", "parameters", "layers", "hidden size", "dtype")
@@ -425,4 +459,6 @@ def _example(
     if counts.numel() != ids.numel():
         return [(decode(ids[0]), True)]
     row = counts.reshape(ids.shape)[0] > 0
-    return [(decode([token]), bool(count)) for token, count in zip(ids[0].tolist(), row.tolist(), strict=True)]
+    return [
+        (decode([token]), bool(count)) for token, count in zip(ids[0].tolist(), row.tolist(), strict=True)
+    ]

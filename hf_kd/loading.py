@@ -69,8 +69,10 @@ def load_model(
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if absent and not new_head:
         raise NewHeadError(
-            f"{role}={name_or_path!r} has no weights for {', '.join(absent[:4])}{' ...' if len(absent) > 4 else ''}: "
-            f"that part of {type(model).__name__} would be random. Fine-tune the {role} on the task first, or "
+            f"{role}={name_or_path!r} has no weights for "
+            f"{', '.join(absent[:4])}{' ...' if len(absent) > 4 else ''}: "
+            f"that part of {type(model).__name__} would be random. Fine-tune the {role} on the task first, "
+            "or "
             "choose a checkpoint that was."
         )
     return model

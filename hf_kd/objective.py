@@ -2,9 +2,9 @@
 
     loss = (1 - alpha) * task + alpha * T^2 * D(teacher || student)
 
-Both terms are means over supervised positions of the whole optimizer step, so a micro-batch contributes its sum
-over the global count. DDP, FSDP and ZeRO average gradients over ranks, so the contribution is multiplied by the
-number of ranks. The gradient of a step then depends on the examples in it and on nothing else.
+Both terms are means over supervised positions of the whole optimizer step, so a micro-batch contributes its
+sum over the global count. DDP, FSDP and ZeRO average gradients over ranks, so the contribution is multiplied
+by the number of ranks. The gradient of a step then depends on the examples in it and on nothing else.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from .alignment import ClassMap
-from .losses.divergences import Divergence, entropy, forward_kl, log_probs
+from .losses.divergences import Divergence, entropy, forward_kl, log_probs, resolve_divergence
+from .losses.vectors import VECTOR_LOSSES
 from .tasks import Supervision, Task
+from .tasks.base import full_precision, row_of, take
 
 
 @dataclass(frozen=True)
@@ -84,22 +86,14 @@ def _indices(mask: Tensor, size: int) -> Tensor | None:
     return mask.nonzero_static(size=size).squeeze(-1)
 
 
-def full_precision(logits: Tensor) -> Tensor:
-    """Logits may be half precision; the maths is fp32 (or fp64, where they are)."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _take(values: Tensor, index: Tensor | None) -> Tensor:
-    return values if index is None else values.index_select(0, index)
-
-
 @dataclass(frozen=True)
 class Objective:
     """The mix of task loss and distillation for one task.
 
     Attributes:
         task: The head.
-        divergence: `(log_q[N, C], log_p[N, C]) -> [N]`; unused for regression, which is compared by squared error.
+        divergence: `(log_q[N, C], log_p[N, C]) -> [N]`; for embeddings `(student[N, H], teacher[N, H]) ->
+            [N]`; unused for regression, which is compared by squared error.
         classes: How the teacher's classes map to the student's.
         label_smoothing: Weight of the uniform distribution in the task loss's target.
     """
@@ -120,6 +114,7 @@ class Objective:
         mix: Mix,
         ranks: int = 1,
         task: Tensor | None = None,
+        outputs: Any = None,
     ) -> Terms:
         """One micro-batch's loss.
 
@@ -132,9 +127,11 @@ class Objective:
             mix: Weights and temperatures.
             ranks: Number of processes whose gradients are averaged.
             task: A task term computed elsewhere (already divided by the global count); None: computed here.
+            outputs: What the student returned, for task losses that read more than logits.
         """
         if task is None and mix.alpha < 1.0 and supervision.labels is not None:
-            task = self.task_sum(student, supervision, selection.task) / counts.task.clamp_min(_TINY)
+            terms = self.task.task_terms(outputs, student, supervision, selection.task, self.label_smoothing)
+            task = (terms.losses * terms.weight).sum() / counts.task.clamp_min(_TINY)
         kd = None
         if teacher is not None and mix.alpha > 0.0:
             kd = self.kd_sum(student, teacher, supervision, selection.kd, mix) / counts.kd.clamp_min(_TINY)
@@ -148,69 +145,61 @@ class Objective:
             kd=None if kd is None else kd.detach() * ranks,
         )
 
-    def task_sum(self, student: Tensor, supervision: Supervision, index: Tensor | None) -> Tensor:
-        """Weighted sum of the task losses of the labelled positions."""
-        assert supervision.labels is not None
-        losses = self.task.task_losses(
-            full_precision(_take(student, index)),
-            _take(supervision.labels, index),
-            label_smoothing=self.label_smoothing,
-        )
-        return (losses * _take(supervision.task_weight, index)).sum()
-
     def kd_sum(
         self, student: Tensor, teacher: Tensor, supervision: Supervision, index: Tensor | None, mix: Mix
     ) -> Tensor:
         """Weighted sum of the distillation losses, `T^2` included."""
-        z = self.classes.student(_take(student, index))
-        t = self.classes.teacher(_take(teacher, index)).detach()
-        weight = _take(supervision.kd_weight, index)
-        if self.task.kind == "regression":
-            return ((full_precision(z) - full_precision(t)).square().sum(-1) * weight).sum()
+        z = self.classes.student(take(student, index))
+        t = self.classes.teacher(take(teacher, index)).detach()
+        weight = take(supervision.kd_weight, index)
+        if self.task.kind != "classes":
+            return (self.distance(z, t) * weight).sum()
         log_q, log_p = log_probs(
             z, t, temperature=mix.temperature, teacher_temperature=mix.teacher_temperature
         )
         return (self.divergence(log_q, log_p) * weight).sum() * mix.temperature**2
 
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """`[N]` distance of numbers (squared error) or vectors (the divergence), without a temperature."""
+        student, teacher = full_precision(student), full_precision(teacher)
+        if self.task.kind == "regression":
+            return (student - teacher).square().sum(-1)
+        return self.divergence(student, teacher)
+
     @torch.no_grad()
-    def evaluate(self, student: Tensor, teacher: Tensor | None, supervision: Supervision) -> Tensor:
-        """Sums per batch row, `[B, len(STATISTICS)]` in float64, at T = 1; they add up over batches and ranks."""
+    def evaluate(
+        self, student: Tensor, teacher: Tensor | None, supervision: Supervision, outputs: Any = None
+    ) -> Tensor:
+        """Sums per batch row, `[B, len(STATISTICS)]` in float64, at T = 1; sums add up over batches."""
         selection = select([supervision])[0]
-        rows = supervision.rows
         # MPS has no float64; a sum of one row's terms is safe in float32 there.
         dtype = torch.float32 if student.device.type == "mps" else torch.float64
-        out = torch.zeros(rows, len(STATISTICS), dtype=dtype, device=student.device)
-        per_row = max(supervision.kd_weight.numel() // max(rows, 1), 1)
+        out = torch.zeros(supervision.rows, len(STATISTICS), dtype=dtype, device=student.device)
 
-        def add(name: str, values: Tensor, weight: Tensor, index: Tensor | None) -> None:
-            where = torch.arange(len(weight), device=weight.device) if index is None else index
-            out[:, STATISTICS.index(name)].index_add_(0, where // per_row, (values * weight).to(dtype))
+        def add(name: str, values: Tensor, weight: Tensor, rows: Tensor) -> None:
+            out[:, STATISTICS.index(name)].index_add_(0, rows, (values * weight).to(dtype))
 
         if supervision.labels is not None:
-            weight = _take(supervision.task_weight, selection.task)
-            losses = self.task.task_losses(
-                full_precision(_take(student, selection.task)),
-                _take(supervision.labels, selection.task),
-                label_smoothing=0.0,
-            )
-            add("task", losses, weight, selection.task)
-            add("task_count", torch.ones_like(weight), weight, selection.task)
-        if teacher is not None:
-            index = selection.kd
-            weight = _take(supervision.kd_weight, index)
-            raw = _take(teacher, index)
-            z, t = self.classes.student(_take(student, index)), self.classes.teacher(raw)
-            add("kd_count", torch.ones_like(weight), weight, index)
-            if self.task.kind == "regression":
-                add("squared_error", (full_precision(z) - full_precision(t)).square().sum(-1), weight, index)
-                return out
-            log_q, log_p = log_probs(z, t, temperature=1.0, teacher_temperature=1.0)
-            add("kl", forward_kl(log_q, log_p), weight, index)
-            add("agreement", (log_q.argmax(-1) == log_p.argmax(-1)).float(), weight, index)
-            add("teacher_entropy", entropy(log_p), weight, index)
-            if self.classes.shared is not None:
-                dropped = raw.float().softmax(-1)[:, self.classes.shared :].sum(-1)
-                add("teacher_mass_dropped", dropped, weight, index)
+            terms = self.task.task_terms(outputs, student, supervision, selection.task, 0.0)
+            add("task", terms.losses, terms.weight, terms.rows)
+            add("task_count", torch.ones_like(terms.weight), terms.weight, terms.rows)
+        if teacher is None:
+            return out
+        index, weight = selection.kd, take(supervision.kd_weight, selection.kd)
+        rows = row_of(supervision.kd_weight, index, supervision)
+        raw = take(teacher, index)
+        z, t = self.classes.student(take(student, index)), self.classes.teacher(raw)
+        add("kd_count", torch.ones_like(weight), weight, rows)
+        if self.task.kind != "classes":
+            add("distance", self.distance(z, t), weight, rows)
+            return out
+        log_q, log_p = log_probs(z, t, temperature=1.0, teacher_temperature=1.0)
+        add("kl", forward_kl(log_q, log_p), weight, rows)
+        add("agreement", (log_q.argmax(-1) == log_p.argmax(-1)).float(), weight, rows)
+        add("teacher_entropy", entropy(log_p), weight, rows)
+        if self.classes.shared is not None:
+            dropped = raw.float().softmax(-1)[:, self.classes.shared :].sum(-1)
+            add("teacher_mass_dropped", dropped, weight, rows)
         return out
 
     def summarise(self, sums: Tensor, prefix: str) -> dict[str, float]:
@@ -225,33 +214,37 @@ class Objective:
         return means
 
     def _teacher_statistics(self) -> tuple[str, ...]:
-        if self.task.kind == "regression":
-            return ("squared_error",)
+        if self.task.kind != "classes":
+            return ("distance",)
         names = ("kl", "agreement", "teacher_entropy")
         return names if self.classes.shared is None else (*names, "teacher_mass_dropped")
 
     def describe(self, mix: Mix) -> list[tuple[str, str]]:
         """The terms of the loss and their weights, in words."""
-        task = "mean squared error" if self.task.kind == "regression" else "cross-entropy with the labels"
+        task = (
+            "squared error to the labels"
+            if self.task.kind == "regression"
+            else "the head's loss on the labels"
+        )
         rows = []
         if mix.alpha < 1.0:
             rows.append((f"{1 - mix.alpha:g} x task", f"{task}, mean per {self.task.position}"))
-        if mix.alpha > 0.0 and self.task.kind == "regression":
-            rows.append((f"{mix.alpha:g} x distillation", "squared error to the teacher, mean per row"))
-        elif mix.alpha > 0.0:
-            name = getattr(self.divergence, "__name__", None) or getattr(
-                getattr(self.divergence, "func", None), "__name__", "divergence"
-            )
-            target = f"T = {mix.temperature:g}"
-            if mix.teacher_temperature != mix.temperature:
-                target += f", teacher's T = {mix.teacher_temperature:g}"
-            rows.append(
-                (
-                    f"{mix.alpha:g} x distillation",
-                    f"{mix.temperature**2:g} (T^2) x {name} at {target}, mean per {self.task.position}",
-                )
-            )
+        if mix.alpha > 0.0:
+            if self.task.kind == "regression":
+                what = "squared error to the teacher"
+            elif self.task.kind == "vectors":
+                what = f"{_name(self.divergence)} distance to the teacher"
+            else:
+                what = f"{mix.temperature**2:g} (T^2) x {_name(self.divergence)} at T = {mix.temperature:g}"
+                if mix.teacher_temperature != mix.temperature:
+                    what += f", teacher's T = {mix.teacher_temperature:g}"
+            rows.append((f"{mix.alpha:g} x distillation", f"{what}, mean per {self.task.position}"))
         return rows
+
+
+def _name(function: Any) -> str:
+    inner = getattr(function, "func", function)
+    return getattr(inner, "__name__", "divergence")
 
 
 #: Columns of `Objective.evaluate`.
@@ -263,7 +256,7 @@ STATISTICS = (
     "agreement",
     "teacher_entropy",
     "teacher_mass_dropped",
-    "squared_error",
+    "distance",
 )
 _TINY = 1e-12
 
@@ -276,12 +269,24 @@ def resolve_objective(
     Raises:
         ValueError: If a divergence is named for a head that gives no distribution.
     """
-    from .losses.divergences import resolve_divergence
-
     if task.kind == "regression" and divergence != "auto":
         raise ValueError(
             f"divergence={divergence!r} compares distributions, but the head of task {task.name!r} with "
-            "problem_type='regression' gives numbers, which are compared by squared error. Leave divergence='auto'."
+            "problem_type='regression' gives numbers, which are compared by squared error. Leave "
+            "divergence='auto'."
         )
-    chosen = resolve_divergence("forward_kl" if divergence == "auto" else divergence, divergence_options or {})
+    if task.kind == "vectors":
+        name = "cosine" if divergence == "auto" else divergence
+        chosen = name if callable(name) else VECTOR_LOSSES.get(name)
+        if chosen is None or divergence_options:
+            raise ValueError(
+                f"divergence={divergence!r} with divergence_options={divergence_options} does not compare "
+                "vectors; for "
+                f"task {task.name!r} choose one of {sorted(VECTOR_LOSSES)}, or task='embedding-similarity' "
+                "for a KL."
+            )
+    else:
+        chosen = resolve_divergence(
+            "forward_kl" if divergence == "auto" else divergence, divergence_options or {}
+        )
     return Objective(task=task, divergence=chosen, classes=classes, label_smoothing=label_smoothing)

@@ -56,11 +56,14 @@ def _plain(value: Any) -> Any:
 
 
 def write_options(folder: Path, trainer: DistillationTrainer) -> None:
-    """Write `distillation.yaml`: every resolved value of the run, as a configuration that can be run again."""
+    """Write `distillation.yaml`: every resolved value of the run, ready to be run again."""
     options = dict(getattr(trainer, "run_options", None) or {})
     options.update(resolved_options(trainer.args))
     text = yaml.safe_dump({k: v for k, v in options.items() if v is not None}, sort_keys=True)
-    write_text(folder / OPTIONS_FILE, "# How this model was distilled; run it again with: hf-kd distill --config\n" + text)
+    write_text(
+        folder / OPTIONS_FILE,
+        "# How this model was distilled; run it again with: hf-kd distill --config\n" + text,
+    )
 
 
 def write_teacher(path: Path, identity: Mapping[str, str]) -> None:
@@ -80,7 +83,8 @@ def check_teacher(path: Path, identity: Mapping[str, str]) -> None:
     if recorded.get("fingerprint") == identity.get("fingerprint"):
         return
     raise ValueError(
-        f"resume_from_checkpoint={str(path.parent)!r} was made with the teacher {_named(recorded)}, this run has "
+        f"resume_from_checkpoint={str(path.parent)!r} was made with the teacher {_named(recorded)}, this "
+        "run has "
         f"{_named(identity)}. Resume with the first, or start again in another output_dir."
     )
 

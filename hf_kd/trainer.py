@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import EvalLoopOutput
 
 from . import checks
@@ -18,7 +19,17 @@ from .alignment import AlignmentError, ClassMap
 from .callbacks import FiniteLossCallback, KLThresholdCallback
 from .config import DistillationArguments
 from .loading import load_model
-from .objective import STATISTICS, Counts, Mix, Selection, Terms, counts_of, resolve_objective, select
+from .objective import (
+    STATISTICS,
+    Counts,
+    Mix,
+    Objective,
+    Selection,
+    Terms,
+    counts_of,
+    resolve_objective,
+    select,
+)
 from .records import TEACHER_FILE, check_teacher, write_options, write_teacher
 from .rows import ROW, RowCollator, RowDataset
 from .schedules import schedule
@@ -68,6 +79,9 @@ class DistillationTrainer(Trainer):
         >>> trainer.train()  # doctest: +SKIP
     """
 
+    args: DistillationArguments
+    objective: Objective
+
     # The loss is normalised by the counts of the whole step, over accumulation and ranks.
     loss_is_scaled_for_ga = True
 
@@ -86,12 +100,17 @@ class DistillationTrainer(Trainer):
             args = DistillationArguments(output_dir="distilled")
         if not isinstance(args, DistillationArguments):
             raise ValueError(
-                f"args is a {type(args).__name__}; pass DistillationArguments, which has all its fields and the "
+                f"args is a {type(args).__name__}; pass DistillationArguments, which has all its fields "
+                "and the "
                 "distillation options."
             )
         if isinstance(model, str):
             model = load_model(
-                model, _task_name(task), role="student", trust_remote_code=args.trust_remote_code, new_head=True
+                model,
+                _task_name(task),
+                role="student",
+                trust_remote_code=args.trust_remote_code,
+                new_head=True,
             )
         super().__init__(model=model, args=args, **kwargs)
         self.task = resolve_task(task, self.model, supervise=args.supervise)
@@ -113,7 +132,7 @@ class DistillationTrainer(Trainer):
         )
         for note in classes.notes:
             logger.warning(note)
-        self._student_parameters = forward_parameters(self.model)
+        self._student_parameters = forward_parameters(self.student)
         self._checked = False
         self._window: list[tuple[Terms, Tensor | None]] = []
         self._term_sums: dict[str, Tensor] = {}
@@ -127,7 +146,9 @@ class DistillationTrainer(Trainer):
         args = self.args
         if teacher is None:
             if args.alpha > 0 or (args.alpha_end or 0) > 0:
-                raise ValueError(f"alpha={args.alpha} gives the teacher a weight, but teacher=None. Pass a teacher.")
+                raise ValueError(
+                    f"alpha={args.alpha} gives the teacher a weight, but teacher=None. Pass a teacher."
+                )
             return None
         if isinstance(teacher, str):
             teacher = load_model(
@@ -141,10 +162,10 @@ class DistillationTrainer(Trainer):
             )
         if isinstance(teacher, nn.Module):
             if teacher is self.model:
-                raise ValueError("teacher and model are the same object, which would freeze the student; pass a copy.")
-            return ModelTeacher(
-                teacher, self.task.logits, device=args.device, revision=args.teacher_revision
-            )
+                raise ValueError(
+                    "teacher and model are the same object, which would freeze the student; pass a copy."
+                )
+            return ModelTeacher(teacher, self.task.logits, device=args.device, revision=args.teacher_revision)
         if not isinstance(teacher, Teacher):
             raise ValueError(
                 f"teacher is a {type(teacher).__name__}; pass a model, a path or id, or an object with "
@@ -153,12 +174,18 @@ class DistillationTrainer(Trainer):
         return teacher
 
     @property
+    def student(self) -> nn.Module:
+        """The student, unwrapped."""
+        assert self.model is not None
+        return self.model
+
+    @property
     def distils(self) -> bool:
         """Whether the teacher has any weight at any time; at alpha = 0 it is never called."""
         return self.args.alpha > 0 or (self.args.alpha_end or 0) > 0
 
     def mix(self) -> Mix:
-        """Weights and temperatures at the present step: pure functions of progress, so a resumed run agrees."""
+        """Weights and temperatures now: pure functions of progress, so a resumed run agrees."""
         args = self.args
         total = self.state.max_steps or args.max_steps
         progress = min(self.state.global_step / total, 1.0) if total and total > 0 else 0.0
@@ -205,7 +232,8 @@ class DistillationTrainer(Trainer):
         extra = {ROW, "shift_labels", "span_mask", "special_tokens_mask", *self.task.labels}
         if self.teacher is not None:
             extra |= set(self.teacher.columns)
-        self._signature_columns = [*self._signature_columns, *sorted(extra - set(self._signature_columns))]
+        columns: list[str] = self._signature_columns or []
+        self._signature_columns = [*columns, *sorted(extra - set(columns))]  # type: ignore[assignment]
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         return RowDataset(super()._remove_unused_columns(dataset, description))
@@ -270,7 +298,7 @@ class DistillationTrainer(Trainer):
         """
         batch = dict(inputs)
         rows = batch.pop(ROW, None)
-        plan: _Plan | None = batch.pop(_PLAN, None)
+        plan: Any = batch.pop(_PLAN, None)
         if plan is None:
             supervision = self.task.supervise_batch(batch)
             plan = _Plan(supervision, select([supervision])[0])
@@ -288,6 +316,7 @@ class DistillationTrainer(Trainer):
             mix=mix,
             ranks=self.accelerator.num_processes,
             task=self._custom_task_loss(outputs, batch, counts),
+            outputs=outputs,
         )
         if self.is_in_train and model.training:
             self._record(terms, rows)
@@ -304,8 +333,10 @@ class DistillationTrainer(Trainer):
         teacher = self.task.flat(signal.logits, batch)
         if len(teacher) != len(student):
             raise ValueError(
-                f"The student has {len(student)} positions in this batch, the teacher {len(teacher)}: the two models "
-                "divide the input differently (patch size, stride or tokenizer), so their logits don't correspond."
+                f"The student has {len(student)} positions in this batch, the teacher {len(teacher)}: the "
+                "two models "
+                "divide the input differently (patch size, stride or tokenizer), so their logits don't "
+                "correspond."
             )
         return outputs, student, teacher
 
@@ -348,11 +379,15 @@ class DistillationTrainer(Trainer):
                 if value is not None and not bool(value.isfinite()):
                     where = "unknown (the data has no row numbers)" if rows is None else rows.tolist()
                     raise FloatingPointError(
-                        f"The {name} loss is {value.item()} at step {step}, rows {where}. No weight was changed by this "
-                        "step and the last checkpoint is intact. Look at those rows; else lower learning_rate, or "
+                        f"The {name} loss is {value.item()} at step {step}, rows {where}. No weight was "
+                        "changed by this "
+                        "step and the last checkpoint is intact. Look at those rows; else lower "
+                        "learning_rate, or "
                         "raise temperature."
                     )
-        raise FloatingPointError(f"Another rank's loss is not finite at step {step}; its message names the rows.")
+        raise FloatingPointError(
+            f"Another rank's loss is not finite at step {step}; its message names the rows."
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each term of the loss, averaged over ranks and over the steps since the last log."""
@@ -363,7 +398,10 @@ class DistillationTrainer(Trainer):
                 if self.accelerator.num_processes > 1:
                     values = self.accelerator.reduce(values, reduction="mean")
                 logs.update(zip(names, values.tolist(), strict=True))
-            for name, spec in (("alpha", self.args.alpha_schedule), ("temperature", self.args.temperature_schedule)):
+            for name, spec in (
+                ("alpha", self.args.alpha_schedule),
+                ("temperature", self.args.temperature_schedule),
+            ):
                 if spec != "constant":
                     logs[name] = getattr(self.mix(), name)
             self._term_sums, self._term_steps = {}, 0
@@ -372,7 +410,7 @@ class DistillationTrainer(Trainer):
     # ---- evaluation ----
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Trainer's loop, with exact means over supervised positions for the loss and the teacher's statistics."""
+        """Trainer's loop, with exact means over supervised positions."""
         self.check(training=False)
         self._eval_sums = None
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
@@ -394,7 +432,7 @@ class DistillationTrainer(Trainer):
         supervision = self.task.supervise_batch(batch)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs, student, teacher = self._forward(model, batch, distil=self.distils)
-            sums = self.objective.evaluate(student, teacher, supervision)
+            sums = self.objective.evaluate(student, teacher, supervision, outputs)
         # Gathering rows, not means, drops the rows that ranks repeat to fill their last batch.
         total = self.gather_function(sums).sum(0)
         self._eval_sums = total if self._eval_sums is None else self._eval_sums + total
@@ -404,17 +442,20 @@ class DistillationTrainer(Trainer):
         if prediction_loss_only:
             return loss, None, None
         logits = self._predictions(outputs, ignore_keys)
-        labels = tuple(batch[name].detach() for name in self.task.labels) if labelled else None
-        return loss, logits, labels[0] if labels is not None and len(labels) == 1 else labels
+        labels = nested_detach(tuple(batch[name] for name in self.task.labels)) if labelled else ()
+        return loss, logits, (labels[0] if len(labels) == 1 else labels) if labels else None
 
     def _predictions(self, outputs: Any, ignore_keys: list[str] | None) -> Any:
-        """The student's outputs as `compute_metrics` sees them: no cache, no hidden states, one or several tensors."""
+        """The student's outputs as `compute_metrics` sees them: without cache and hidden states."""
         if isinstance(outputs, Tensor):
             return outputs.detach()
         if not isinstance(outputs, Mapping):
             return tuple(named_logits(outputs, self.task.logits).values())
         config = getattr(self.model, "config", None)
-        ignored = {"loss", *(ignore_keys or getattr(config, "keys_to_ignore_at_inference", ["past_key_values"]))}
+        ignored = {
+            "loss",
+            *(ignore_keys or getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])),
+        }
         kept = tuple(value for key, value in outputs.items() if key not in ignored)
         return kept[0] if len(kept) == 1 else kept
 
@@ -424,7 +465,7 @@ class DistillationTrainer(Trainer):
         """Save the student as `from_pretrained` reads it, and `distillation.yaml` beside it."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or str(self.args.output_dir))
             write_options(folder, self)
             if _internal_call and self.teacher is not None and self.distils:
                 write_teacher(folder / TEACHER_FILE, self.teacher.identity)

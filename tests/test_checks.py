@@ -105,20 +105,22 @@ def lms(student_size: int, teacher_size: int) -> dict[str, Any]:
     configs = [llama(16), llama(16)]
     for config, size in zip(configs, (student_size, teacher_size), strict=True):
         config.vocab_size = size
-    return {"model": LlamaForCausalLM(configs[0]), "teacher": LlamaForCausalLM(configs[1]), "train_dataset": lm_rows()}
+    return {
+        "model": LlamaForCausalLM(configs[0]),
+        "teacher": LlamaForCausalLM(configs[1]),
+        "train_dataset": lm_rows(),
+    }
 
 
 def test_another_tokenizer(tmp_path: Path) -> None:
     """Trap 31: another tokenizer is refused for token-level losses, with the first token that differs."""
     ours, theirs = tokenizer(["<u>", *"abcdefghi"]), tokenizer(["<u>", *"abxdefghi"])
-    text = problems(
-        trainer(tmp_path, **lms(10, 10), processing_class=ours, teacher_processing_class=theirs)
-    )
+    text = problems(trainer(tmp_path, **lms(10, 10), processing_class=ours, teacher_processing_class=theirs))
     assert "token id 3 is 'c' for the student and 'x' for the teacher" in text
 
 
 def test_tokenizer_is_found_beside_the_teacher(tmp_path: Path) -> None:
-    """Trap 31: the teacher's tokenizer is looked up where its weights are, so the mismatch needs no option."""
+    """Trap 31: the teacher's tokenizer is looked up where its weights are."""
     parts = lms(10, 10)
     parts["teacher"].save_pretrained(tmp_path / "teacher")
     tokenizer(["<u>", *"abxdefghi"]).save_pretrained(tmp_path / "teacher")
@@ -128,10 +130,12 @@ def test_tokenizer_is_found_beside_the_teacher(tmp_path: Path) -> None:
 
 
 def test_padded_vocabularies(tmp_path: Path) -> None:
-    """Trap 30: the same tokens with more padding are cut to the shared range, renormalised, the mass logged."""
+    """Trap 30: the same tokens with more padding are cut, renormalised, the mass logged."""
     same = tokenizer(["<u>", *"abcdefghi"])
     parts = lms(12, 16)
-    made = trainer(tmp_path, **parts, processing_class=same, teacher_processing_class=same, eval_dataset=lm_rows())
+    made = trainer(
+        tmp_path, **parts, processing_class=same, teacher_processing_class=same, eval_dataset=lm_rows()
+    )
     metrics = made.evaluate()
     ids = torch.tensor(lm_rows()["input_ids"])
     with torch.no_grad():
@@ -188,10 +192,12 @@ def test_fp16_on_a_cpu(tmp_path: Path) -> None:
     assert "fp16=True" in problems(made)
 
 
-@pytest.mark.parametrize("options", [{"alpha": 1.5}, {"alpha": -0.1}, {"temperature": 0.0}, {"temperature": -1.0}])
+@pytest.mark.parametrize(
+    "options", [{"alpha": 1.5}, {"alpha": -0.1}, {"temperature": 0.0}, {"temperature": -1.0}]
+)
 def test_option_ranges(tmp_path: Path, options: dict[str, float]) -> None:
     """Options outside their range name themselves and their value."""
-    (name, value), = options.items()
+    ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
         arguments(tmp_path, **options)
 
@@ -262,7 +268,9 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
     teacher = BertForSequenceClassification(bert(16, num_labels=6))
     text = problems(
         trainer(
-            tmp_path, teacher=teacher, train_dataset=text_rows().map(lambda row: {"labels": 9}),
+            tmp_path,
+            teacher=teacher,
+            train_dataset=text_rows().map(lambda row: {"labels": 9}),
             options={"kl_threshold": 0.1},
         )
     )
@@ -277,7 +285,14 @@ def test_report_is_readable(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=100)
     checks.inspect(made).render(console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("teacher", "student", "LlamaForCausalLM", "0.5 x task", "4 (T^2) x forward_kl", "20 x predicted token"):
+    for part in (
+        "teacher",
+        "student",
+        "LlamaForCausalLM",
+        "0.5 x task",
+        "4 (T^2) x forward_kl",
+        "20 x predicted token",
+    ):
         assert part in text
     assert made.model.training == trainer(tmp_path, **lms(10, 10)).model.training
 

@@ -25,12 +25,20 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two ranks computed, for all heads in one launch."""
     folder = tmp_path_factory.mktemp("two_ranks")
     command = [
-        sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", str(ROOT / "hf_kd" / "accelerate" / "cpu2.yaml"),
-        str(ROOT / "tests" / "two_ranks.py"), str(folder),
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "hf_kd" / "accelerate" / "cpu2.yaml"),
+        str(ROOT / "tests" / "two_ranks.py"),
+        str(folder),
     ]
     run = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=ROOT,
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
@@ -43,8 +51,8 @@ def test_two_ranks(two_ranks: dict[str, Any], name: str) -> None:
     head = HEADS[name]
     student, teacher = models(head)
     expected, expected_grads = oracle(head, student, teacher, rows_for(name))
-    assert two_ranks[name]["loss"] == pytest.approx(float(expected), rel=1e-6)
-    assert_same(two_ranks[name]["grads"], expected_grads)
+    assert two_ranks[name]["loss"] == pytest.approx(float(expected), rel=max(head.tolerance, 1e-6))
+    assert_same(two_ranks[name]["grads"], expected_grads, head.tolerance)
 
 
 def test_evaluation_is_exact(two_ranks: dict[str, Any], tmp_path: Path) -> None:
@@ -57,10 +65,15 @@ def test_evaluation_is_exact(two_ranks: dict[str, Any], tmp_path: Path) -> None:
         trainer = DistillationTrainer(
             student,
             DistillationArguments(
-                output_dir=str(tmp_path), per_device_eval_batch_size=batch_size, remove_unused_columns=False,
-                disable_tqdm=True, temperature=4.0,
+                output_dir=str(tmp_path),
+                per_device_eval_batch_size=batch_size,
+                remove_unused_columns=False,
+                disable_tqdm=True,
+                temperature=4.0,
             ),
-            teacher=teacher, eval_dataset=rows_of(head, 7), data_collator=Collator(head),
+            teacher=teacher,
+            eval_dataset=rows_of(head, 7),
+            data_collator=Collator(head),
         )
         metrics = trainer.evaluate()
         assert metrics["eval_loss"] == pytest.approx(float(loss), rel=1e-9)

@@ -54,6 +54,7 @@ def step(
         "use_cpu": True,
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        "alpha": head.alpha,
     }
     gradients = Gradients()
     trainer = DistillationTrainer(
@@ -82,14 +83,14 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
 @pytest.mark.parametrize("accumulation", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", HEADS)
 def test_step_equals_oracle(tmp_path: Path, name: str, accumulation: int) -> None:
-    """Traps 2, 3, 15, 16, 18: value and gradient equal the float64 oracle for any accumulation, ragged rows."""
+    """Traps 2, 3, 15, 16, 18: the float64 oracle's value and gradient, ragged rows."""
     head = HEADS[name]
     student, teacher = models(head)
     rows = rows_of(head, 8, seed=accumulation)
     loss, grads = step(tmp_path, head, student, teacher, rows, gradient_accumulation_steps=accumulation)
     expected, expected_grads = oracle(head, student, teacher, rows)
-    assert loss == pytest.approx(float(expected), rel=1e-6)
-    assert_same(grads, expected_grads)
+    assert loss == pytest.approx(float(expected), rel=max(head.tolerance, 1e-6))
+    assert_same(grads, expected_grads, head.tolerance)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1e-9, 0.3, 1.0 - 1e-9, 1.0])
@@ -112,14 +113,16 @@ def test_divergences(tmp_path: Path, name: str, divergence: str) -> None:
     head = HEADS[name]
     student, teacher = models(head)
     rows = rows_of(head, 4)
-    _, grads = step(tmp_path, head, student, teacher, rows, divergence=divergence, gradient_accumulation_steps=2)
+    _, grads = step(
+        tmp_path, head, student, teacher, rows, divergence=divergence, gradient_accumulation_steps=2
+    )
     assert_same(grads, oracle(head, student, teacher, rows, divergence=divergence)[1])
 
 
 @pytest.mark.parametrize("extra,left", [(5, False), (0, True), (5, True)])
 @pytest.mark.parametrize("name", ["single-label", "token", "masked-lm", "causal-lm"])
 def test_padding(tmp_path: Path, name: str, extra: int, left: bool) -> None:
-    """More padding, on either side, changes nothing (absolute positions make left padding differ for BERT)."""
+    """More padding, on either side, changes nothing (BERT's positions allow the right side only)."""
     head = HEADS[name]
     if left and name != "causal-lm":
         extra, left = extra + 3, False
@@ -162,14 +165,19 @@ def test_compute_loss_func(tmp_path: Path) -> None:
         return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
     _, grads = step(
-        tmp_path, head, student, teacher, rows, gradient_accumulation_steps=4,
+        tmp_path,
+        head,
+        student,
+        teacher,
+        rows,
+        gradient_accumulation_steps=4,
         trainer_options={"compute_loss_func": task_loss},
     )
     assert_same(grads, oracle(head, student, teacher, rows)[1])
 
 
 def test_mixed_labelled_and_unlabelled_rows(tmp_path: Path) -> None:
-    """Trap 16: two counts. A row labelled -100 is distilled, and only the labelled rows divide the task loss."""
+    """Trap 16: two counts. A row labelled -100 is distilled and does not divide the task loss."""
     head = HEADS["single-label"]
     student, teacher = models(head)
     rows = rows_of(head, 8)
@@ -188,13 +196,11 @@ def test_unlabelled(tmp_path: Path, name: str) -> None:
     student, teacher = models(head)
     rows = rows_of(head, 4)
     for row in rows:
-        if name == "seq2seq-lm":
-            row["decoder_input_ids"] = [0, *row["labels"][:-1]]
+        if student.config.is_encoder_decoder:
+            row["decoder_input_ids"] = [student.config.decoder_start_token_id, *row["labels"][:-1]]
         for label in ("labels", "start_positions", "end_positions"):
             row.pop(label, None)
-    collator = Collator(head)
-    head.pad.setdefault("decoder_input_ids", 0) if name == "seq2seq-lm" else None
-    loss, grads = step(tmp_path, head, student, teacher, rows, collator=collator, alpha=1.0)
+    loss, grads = step(tmp_path, head, student, teacher, rows, alpha=1.0)
     assert loss > 0
     assert sum(g.abs().sum() for g in grads.values()) > 0
 
@@ -222,7 +228,7 @@ def test_equal_models_have_no_gradient(tmp_path: Path) -> None:
 
 
 def test_naive_normalisation_fails(tmp_path: Path) -> None:
-    """Traps 15, 16, 18, counter-example: a mean per micro-batch is 4 times off at accumulation 4, or worse."""
+    """Traps 15, 16, 18, counter-example: a mean per micro-batch is about 4 times off."""
     head = HEADS["causal-lm"]
     student, teacher = models(head)
     rows = rows_of(head, 8, seed=1)

@@ -30,8 +30,14 @@ from .heads import HEADS, VOCAB, Collator, bert, models, oracle, rows_of
 def arguments(folder: Path, **options: Any) -> DistillationArguments:
     """Quiet arguments for a short run on the CPU."""
     defaults: dict[str, Any] = {
-        "output_dir": str(folder), "per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 1e-2,
-        "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
     }
     return DistillationArguments(**{**defaults, **options})
 
@@ -62,8 +68,11 @@ def test_twelve_lines_with_names(tmp_path: Path) -> None:
     for name, model in zip(("student", "teacher"), classifiers(), strict=True):
         model.save_pretrained(tmp_path / name)
     trainer = DistillationTrainer(
-        model=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), args=arguments(tmp_path / "out"),
-        train_dataset=text_rows(), eval_dataset=text_rows(8, 1),
+        model=str(tmp_path / "student"),
+        teacher=str(tmp_path / "teacher"),
+        args=arguments(tmp_path / "out"),
+        train_dataset=text_rows(),
+        eval_dataset=text_rows(8, 1),
     )
     trainer.train()
     metrics = trainer.evaluate()
@@ -133,7 +142,8 @@ def test_teacher_reads_its_own_columns(tmp_path: Path) -> None:
     trainer = DistillationTrainer(student, arguments(tmp_path), teacher=teacher, train_dataset=rows)
     batch = next(iter(trainer.get_train_dataloader()))
     expected = teacher(
-        input_ids=batch["teacher_input_ids"], attention_mask=batch["attention_mask"],
+        input_ids=batch["teacher_input_ids"],
+        attention_mask=batch["attention_mask"],
         token_type_ids=batch["token_type_ids"],
     ).logits
     torch.testing.assert_close(trainer.teacher(batch).logits["logits"], expected)
@@ -160,7 +170,7 @@ def test_student_is_called_through_its_wrapper(tmp_path: Path) -> None:
 
 
 def test_autocast_reaches_the_student(tmp_path: Path) -> None:
-    """Trap 19: with bf16 on, the student's matrix products run in bf16 and the loss in fp32; within 2 % of fp32."""
+    """Trap 19: with bf16 on, products run in bf16, the loss in fp32; within 2 % of fp32."""
     losses = []
     for bf16 in (False, True):
         student, teacher = classifiers()
@@ -182,14 +192,26 @@ def test_logged_terms_add_up(tmp_path: Path) -> None:
     student, teacher = models(head)
     rows = rows_of(head, 8)
     trainer = DistillationTrainer(
-        student, arguments(tmp_path, alpha=0.3, gradient_accumulation_steps=2, num_train_epochs=2, logging_steps=2,
-                           learning_rate=0.0, remove_unused_columns=False),
-        teacher=teacher, train_dataset=rows, data_collator=Collator(head),
+        student,
+        arguments(
+            tmp_path,
+            alpha=0.3,
+            gradient_accumulation_steps=2,
+            num_train_epochs=2,
+            logging_steps=2,
+            learning_rate=0.0,
+            remove_unused_columns=False,
+        ),
+        teacher=teacher,
+        train_dataset=rows,
+        data_collator=Collator(head),
     )
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["loss"] == pytest.approx(0.7 * log["loss_task"] + 0.3 * log["loss_kd"], rel=1e-5)
-    assert log["loss_kd"] == pytest.approx(float(oracle(head, student, teacher, rows, alpha=1.0)[0]), rel=1e-5)
+    assert log["loss_kd"] == pytest.approx(
+        float(oracle(head, student, teacher, rows, alpha=1.0)[0]), rel=1e-5
+    )
 
 
 def test_alpha_zero_never_calls_the_teacher(tmp_path: Path) -> None:
@@ -204,7 +226,11 @@ def test_alpha_zero_never_calls_the_teacher(tmp_path: Path) -> None:
 
     student, _ = classifiers()
     trainer = DistillationTrainer(
-        student, arguments(tmp_path, alpha=0.0), teacher=Silent(), train_dataset=text_rows(), eval_dataset=text_rows()
+        student,
+        arguments(tmp_path, alpha=0.0),
+        teacher=Silent(),
+        train_dataset=text_rows(),
+        eval_dataset=text_rows(),
     )
     trainer.train()
     assert "eval_kl" not in trainer.evaluate()
@@ -222,10 +248,20 @@ def test_resume_is_exact(tmp_path: Path) -> None:
         trainer = DistillationTrainer(
             student,
             arguments(
-                folder, num_train_epochs=3, save_strategy="steps", save_steps=1, save_total_limit=2, alpha=0.2,
-                alpha_schedule="linear", alpha_end=1.0, temperature_schedule="cosine", temperature_end=4.0,
+                folder,
+                num_train_epochs=3,
+                save_strategy="steps",
+                save_steps=1,
+                save_total_limit=2,
+                alpha=0.2,
+                alpha_schedule="linear",
+                alpha_end=1.0,
+                temperature_schedule="cosine",
+                temperature_end=4.0,
             ),
-            teacher=teacher, train_dataset=text_rows(), callbacks=callbacks,
+            teacher=teacher,
+            train_dataset=text_rows(),
+            callbacks=callbacks,
         )
         trainer.train(resume_from_checkpoint=resume or None)
         return trainer
@@ -234,7 +270,9 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     run(tmp_path / "parts", [Stop()])
     resumed = run(tmp_path / "parts", [], resume=True)
     names = ("loss", "loss_task", "loss_kd", "alpha", "temperature", "grad_norm")
-    logs = [[{k: log[k] for k in names} for log in t.state.log_history if "loss" in log] for t in (whole, resumed)]
+    logs = [
+        [{k: log[k] for k in names} for log in t.state.log_history if "loss" in log] for t in (whole, resumed)
+    ]
     assert len(logs[0]) == 12
     assert logs[0][-7:] == logs[1][-7:]
     assert logs[0][0]["alpha"] == pytest.approx(0.2 + 0.8 / 12) or logs[0][0]["alpha"] == pytest.approx(0.2)
@@ -246,7 +284,9 @@ def test_checkpoint_holds_the_student_only(tmp_path: Path) -> None:
     """Trap 21: weights of the student alone, the teacher's identity beside them, plain `from_pretrained`."""
     student, teacher = classifiers()
     trainer = DistillationTrainer(
-        student, arguments(tmp_path, save_strategy="epoch", hub_token="hf_secret"), teacher=teacher,
+        student,
+        arguments(tmp_path, save_strategy="epoch", hub_token="hf_secret"),
+        teacher=teacher,
         train_dataset=text_rows(),
     )
     trainer.train()
@@ -285,7 +325,7 @@ def test_resume_with_another_teacher_is_refused(tmp_path: Path) -> None:
 
 
 def test_predictions_have_no_extras(tmp_path: Path) -> None:
-    """Trap 23: hidden states do not leak into predictions; `prediction_loss_only` and `return_outputs` hold."""
+    """Trap 23: no hidden states in predictions; `prediction_loss_only`, `return_outputs` hold."""
     student, teacher = classifiers()
     student.config.output_hidden_states = True
     seen: list[EvalPrediction] = []
@@ -295,8 +335,13 @@ def test_predictions_have_no_extras(tmp_path: Path) -> None:
         return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
     trainer = DistillationTrainer(
-        student, arguments(tmp_path), teacher=teacher, train_dataset=text_rows(), eval_dataset=text_rows(9),
-        compute_metrics=metrics, preprocess_logits_for_metrics=lambda logits, labels: logits * 1,
+        student,
+        arguments(tmp_path),
+        teacher=teacher,
+        train_dataset=text_rows(),
+        eval_dataset=text_rows(9),
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=lambda logits, labels: logits * 1,
     )
     student.config.keys_to_ignore_at_inference = ["hidden_states"]
     assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
@@ -343,16 +388,29 @@ def test_classic_pair_reaches_the_threshold(tmp_path: Path, form: str) -> None:
     rows = [{"x": torch.randn(10)} for _ in range(64)]
     trainer = DistillationTrainer(
         student,
-        arguments(tmp_path, alpha=1.0, kl_threshold=1e-4, learning_rate=0.05, num_train_epochs=500,
-                  eval_strategy="epoch", per_device_train_batch_size=64, logging_strategy="no"),
-        teacher=teacher, train_dataset=rows, eval_dataset=rows,
+        arguments(
+            tmp_path,
+            alpha=1.0,
+            kl_threshold=1e-4,
+            learning_rate=0.05,
+            num_train_epochs=500,
+            eval_strategy="epoch",
+            per_device_train_batch_size=64,
+            logging_strategy="no",
+        ),
+        teacher=teacher,
+        train_dataset=rows,
+        eval_dataset=rows,
     )
     trainer.train()
     assert trainer.state.global_step < 500
     x = torch.stack([row["x"] for row in rows])
     with torch.no_grad():
         kl = F.kl_div(
-            student.linear(x).log_softmax(-1), teacher.linear(x).log_softmax(-1), reduction="batchmean", log_target=True
+            student.linear(x).log_softmax(-1),
+            teacher.linear(x).log_softmax(-1),
+            reduction="batchmean",
+            log_target=True,
         )
     assert float(kl) < 1e-4
     kls = [log["eval_kl"] for log in trainer.state.log_history if "eval_kl" in log]
@@ -370,9 +428,11 @@ def test_circulating_example_measures_something_else() -> None:
 
 
 def test_nan_stops_with_step_term_and_rows(tmp_path: Path) -> None:
-    """Trap 29: a NaN loss ends the run with the step, the term and the rows; the last checkpoint is intact."""
+    """Trap 29: a NaN loss names step, term and rows; the last checkpoint is intact."""
     student, teacher = classifiers()
-    rows = text_rows(16).map(lambda row, i: {"inputs_embeds": np.zeros((7, 16), np.float32)}, with_indices=True)
+    rows = text_rows(16).map(
+        lambda row, i: {"inputs_embeds": np.zeros((7, 16), np.float32)}, with_indices=True
+    )
     rows = rows.remove_columns("input_ids")
 
     class Poisoned:
@@ -388,12 +448,17 @@ def test_nan_stops_with_step_term_and_rows(tmp_path: Path) -> None:
             return TeacherSignal({"logits": logits})
 
     trainer = DistillationTrainer(
-        student, arguments(tmp_path, save_strategy="steps", save_steps=1), teacher=Poisoned(), train_dataset=rows
+        student,
+        arguments(tmp_path, save_strategy="steps", save_steps=1),
+        teacher=Poisoned(),
+        train_dataset=rows,
     )
     order: list[int] = []
     sampler = trainer._get_train_sampler
     trainer._get_train_sampler = lambda *a: order_sampler(sampler(*a), order)  # type: ignore[method-assign]
-    with pytest.raises(FloatingPointError, match=r"distillation loss is nan at step 3, rows \[.*\]") as caught:
+    with pytest.raises(
+        FloatingPointError, match=r"distillation loss is nan at step 3, rows \[.*\]"
+    ) as caught:
         trainer.train()
     assert str(order[8:12]) in str(caught.value)
     checkpoint = tmp_path / "checkpoint-2"
@@ -424,6 +489,8 @@ def test_student_keeps_its_dropout(tmp_path: Path) -> None:
             module.p = 0.5
     modes = []
     student.register_forward_hook(lambda m, i, o: modes.append(all(x.training for x in m.modules())))
-    trainer = DistillationTrainer(student, arguments(tmp_path, max_steps=2), teacher=teacher, train_dataset=text_rows())
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path, max_steps=2), teacher=teacher, train_dataset=text_rows()
+    )
     trainer.train()
     assert modes[-2:] == [True, True]

@@ -33,8 +33,13 @@ def main(folder: Path) -> None:
         rows = rows_for(name)
         accumulation = 1 if name == "token" else 2
         loss, grads = step(
-            folder, head, student, teacher, rows,
-            gradient_accumulation_steps=accumulation, per_device_train_batch_size=len(rows) // 2 // accumulation,
+            folder,
+            head,
+            student,
+            teacher,
+            rows,
+            gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=len(rows) // 2 // accumulation,
         )
         results[name] = {"loss": loss, "grads": grads}
     head = HEADS["causal-lm"]
@@ -42,9 +47,14 @@ def main(folder: Path) -> None:
     trainer = DistillationTrainer(
         student,
         DistillationArguments(
-            output_dir=str(folder), per_device_eval_batch_size=2, remove_unused_columns=False, disable_tqdm=True
+            output_dir=str(folder),
+            per_device_eval_batch_size=2,
+            remove_unused_columns=False,
+            disable_tqdm=True,
         ),
-        teacher=teacher, eval_dataset=rows_of(head, 7), data_collator=Collator(head),
+        teacher=teacher,
+        eval_dataset=rows_of(head, 7),
+        data_collator=Collator(head),
     )
     metrics = trainer.evaluate()
     assert trainer.accelerator.num_processes == 2

@@ -19,13 +19,18 @@ logger = logging.getLogger(__name__)
 TEACHER_PREFIX = "teacher_"
 
 
+def base_model(model: Any) -> Any:
+    """The model itself, or the one under its adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def forward_parameters(model: nn.Module) -> tuple[str, ...]:
     """Names of the arguments that a model's `forward` declares (those of the base model under adapters).
 
     Arguments swallowed by `**kwargs` do not count: a model that ignores `token_type_ids` in silence must not
     hide that another model needs them.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     parameters = inspect.signature(base.forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return tuple(p.name for p in parameters if p.kind in kinds)
@@ -83,7 +88,7 @@ class ModelTeacher:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Name, revision and weight fingerprint. The fingerprint alone decides whether two teachers differ."""
+        """Name, revision and weight fingerprint. The fingerprint decides whether teachers differ."""
         if self._identity is None:
             self._identity = {
                 "name": self.name,
