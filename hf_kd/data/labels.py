@@ -202,7 +202,7 @@ def _of_values(column: str, kind: str, found: set[Any]) -> Labels:
     names = tuple(str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in values)
     ids = all(not isinstance(v, str | bool) and 0 <= v and float(v).is_integer() for v in values)
     if ids and values[0] == 0 and values[-1] < max(2 * len(values), 2):
-        count = int(values[-1]) + 1
+        count = max(int(values[-1]) + 1, 2)
         return Labels(column, kind, tuple(str(i) for i in range(count)), False, None, False, count)
     return Labels(column, kind, names, not ids, tuple(values), False, len(values))
 

@@ -75,6 +75,7 @@ def cached_map(
         batched=True,
         remove_columns=rows.column_names,
         features=features,
+        try_original_type=False,  # `labels` made of a column `labels` are not of its type
         new_fingerprint=Hasher.hash([rows._fingerprint, function.__qualname__, code, context.key]),
         desc="preparing rows",
     )

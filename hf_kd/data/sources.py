@@ -86,7 +86,7 @@ def _load(options: RunOptions) -> dict[str, Dataset]:
         return _load_folder(path, options)
     if path.suffix in _READERS:
         _refuse_missing(path, "dataset")
-    check_path(name, "dataset")
+    check_path(name.partition("@")[0], "dataset")
     return _load_hub(name, options)
 
 
@@ -156,6 +156,8 @@ def _load_files(files: dict[str, list[Path]], options: RunOptions) -> dict[str, 
         return {s: _load_files({s: paths}, options)[s] for s, paths in files.items()}
     except Exception as error:  # the readers raise errors of pandas, pyarrow, json ...
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(cause):  # only a header, or nothing at all
+            raise ValueError(f"dataset={options.dataset!r} has a split with no rows") from error
         raise ValueError(
             f"dataset: {', '.join(p for paths in names.values() for p in paths)} cannot be read as "
             f"{' or '.join(sorted(endings))}: {cause}. Check the file, or name its columns with column_names"
