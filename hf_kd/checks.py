@@ -18,7 +18,6 @@ from .objective import counts_of
 from .rows import ROW
 from .tasks import Batch, SequenceClassification, Supervision
 from .teachers.models import TEACHER_PREFIX, ModelTeacher, forward_parameters
-from .teachers.signal import named_logits
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -322,7 +321,7 @@ def _check_models_on(
         with torch.random.fork_rng():
             inputs = task.model_inputs(batch, trainer.student)
             outputs = trainer.student(**trainer.student_inputs(inputs))
-            student = task.flat(named_logits(outputs, task.logits), batch)
+            student = trainer.positions(outputs, batch)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         report.add("model", f"The student cannot run on the first batch ({type(error).__name__}: {error}).")
         return

@@ -23,6 +23,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_kd import recipes
 from hf_kd.losses.divergences import resolve_divergence
+from hf_kd.losses.vectors import VECTOR_LOSSES
 from hf_kd.options import DistillationOptions, RunOptions, nearest, raise_problems
 
 # A flag for one of these drops what the YAML says about its siblings: they are ways to say the same thing.
@@ -60,7 +61,7 @@ class DistillationArguments(DistillationOptions, TrainingArguments):
         """The problems of the options, and of the divergence that they name."""
         found = super().distillation_problems()
         options = self.divergence_options
-        if self.divergence not in (None, "auto"):
+        if self.divergence not in (None, "auto", *VECTOR_LOSSES):
             try:
                 resolve_divergence(self.divergence, options if isinstance(options, dict) else None)
             except ValueError as error:

@@ -63,6 +63,9 @@ class DistillationOptions:
     teacher_device_map: str | None = _option(None, "device map of the teacher (default: training device)")
     teacher_revision: str | None = _option(None, "branch, tag or commit of the teacher on the Hub")
     trust_remote_code: bool = _option(False, "run model code that comes with a checkpoint")
+    predict_with_generate: bool = _option(False, "evaluate on text that the student generates")
+    generation_max_length: int | None = _option(None, "its length in tokens (default: the model's)")
+    generation_num_beams: int | None = _option(None, "its number of beams (default: the model's)")
     fused: str = _option("auto", "loss without [tokens, vocabulary] logits: auto, on, off")
     fused_chunk_mib: int = _option(256, "MiB that the fused loss may use beyond its gradients")
 

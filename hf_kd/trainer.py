@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import checks
+from . import checks, projection
 from .alignment import AlignmentError, ClassMap
 from .callbacks import FiniteLossCallback, KLThresholdCallback
 from .config import DistillationArguments
+from .generation import generate, pad_to
 from .loading import load_model
 from .objective import (
     STATISTICS,
@@ -25,7 +27,6 @@ from .objective import (
     Mix,
     Objective,
     Selection,
-    Terms,
     counts_of,
     resolve_objective,
     select,
@@ -33,9 +34,11 @@ from .objective import (
 from .records import TEACHER_FILE, check_teacher, write_options, write_teacher
 from .rows import ROW, RowCollator, RowDataset
 from .schedules import schedule
-from .tasks import TASKS, Batch, Supervision, Task, resolve_task
-from .teachers.models import TEACHER_PREFIX, ModelTeacher, forward_parameters
-from .teachers.signal import Teacher, named_logits
+from .tasks import Batch, Supervision, Task, resolve_task
+from .teachers import Teacher, resolve_teacher
+from .teachers.models import TEACHER_PREFIX, forward_parameters
+from .teachers.signal import named_logits
+from .terms import TermLog
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +84,8 @@ class DistillationTrainer(Trainer):
 
     args: DistillationArguments
     objective: Objective
+    #: What the command line was told about models and data; saved with the other options.
+    run_options: dict[str, Any] | None = None
 
     # The loss is normalised by the counts of the whole step, over accumulation and ranks.
     loss_is_scaled_for_ga = True
@@ -114,7 +119,7 @@ class DistillationTrainer(Trainer):
             )
         super().__init__(model=model, args=args, **kwargs)
         self.task = resolve_task(task, self.model, supervise=args.supervise)
-        self.teacher = self._resolve_teacher(teacher)
+        self.teacher = resolve_teacher(teacher, self.task, args, student=self.student)
         self.teacher_processing_class = teacher_processing_class
         self.alignment_problem: AlignmentError | None = None
         classes = ClassMap()
@@ -133,45 +138,22 @@ class DistillationTrainer(Trainer):
         for note in classes.notes:
             logger.warning(note)
         self._student_parameters = forward_parameters(self.student)
+        self.projection = self._make_projection()
+        self._generation: dict[str, Any] = {}
         self._checked = False
-        self._window: list[tuple[Terms, Tensor | None]] = []
-        self._term_sums: dict[str, Tensor] = {}
-        self._term_steps = 0
+        self.terms = TermLog()
         self._eval_sums: Tensor | None = None
         self.add_callback(FiniteLossCallback(self))
         if args.kl_threshold is not None:
             self.add_callback(KLThresholdCallback(args.kl_threshold))
 
-    def _resolve_teacher(self, teacher: nn.Module | Teacher | str | None) -> Teacher | None:
-        args = self.args
-        if teacher is None:
-            if args.alpha > 0 or (args.alpha_end or 0) > 0:
-                raise ValueError(
-                    f"alpha={args.alpha} gives the teacher a weight, but teacher=None. Pass a teacher."
-                )
+    def _make_projection(self) -> projection.Projection | None:
+        teacher = getattr(self.teacher, "model", None)
+        widths = [getattr(getattr(m, "config", None), "hidden_size", None) for m in (self.student, teacher)]
+        if self.task.kind != "vectors" or None in widths or widths[0] == widths[1]:
             return None
-        if isinstance(teacher, str):
-            teacher = load_model(
-                teacher,
-                self.task.name if self.task.name in TASKS else None,
-                role="teacher",
-                dtype=args.teacher_dtype,
-                device_map=args.teacher_device_map,
-                revision=args.teacher_revision,
-                trust_remote_code=args.trust_remote_code,
-            )
-        if isinstance(teacher, nn.Module):
-            if teacher is self.model:
-                raise ValueError(
-                    "teacher and model are the same object, which would freeze the student; pass a copy."
-                )
-            return ModelTeacher(teacher, self.task.logits, device=args.device, revision=args.teacher_revision)
-        if not isinstance(teacher, Teacher):
-            raise ValueError(
-                f"teacher is a {type(teacher).__name__}; pass a model, a path or id, or an object with "
-                "__call__(batch) -> TeacherSignal, `identity` and `columns`."
-            )
-        return teacher
+        made = projection.Projection(*widths)
+        return made.to(self.args.device, next(self.student.parameters()).dtype)
 
     @property
     def student(self) -> nn.Module:
@@ -206,7 +188,8 @@ class DistillationTrainer(Trainer):
             FloatingPointError: When a term of the loss is not finite; names step, term and rows.
         """
         self.check(training=True)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with projection.attached(self.student, self.projection):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def check(self, *, training: bool) -> None:
         """Run the pre-flight checks once; log warnings, raise problems."""
@@ -222,6 +205,8 @@ class DistillationTrainer(Trainer):
         if self.distils and self.teacher is not None:
             check_teacher(Path(resume_from_checkpoint) / TEACHER_FILE, self.teacher.identity)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.projection is not None:
+            projection.load(self.projection, Path(resume_from_checkpoint))
 
     # ---- data: the union of what both models read, and each row's number ----
 
@@ -256,7 +241,7 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """Fetch the micro-batches of one optimizer step and count its supervision over all ranks."""
-        self._window.clear()
+        self.terms.begin_step()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [dict(self._prepare_inputs(batch)) for batch in batches]
         if not batches:
@@ -319,14 +304,14 @@ class DistillationTrainer(Trainer):
             outputs=outputs,
         )
         if self.is_in_train and model.training:
-            self._record(terms, rows)
+            self.terms.record(terms, rows)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
     def _forward(self, model: nn.Module, batch: Batch, *, distil: bool) -> tuple[Any, Tensor, Tensor | None]:
         """Run both models on their own columns; logits as `[P, C]`."""
         inputs = self.task.model_inputs(batch, self.accelerator.unwrap_model(model, keep_torch_compile=False))
         outputs = model(**self.student_inputs(inputs))
-        student = self.task.flat(named_logits(outputs, self.task.logits), batch)
+        student = self.positions(outputs, batch)
         if not distil or self.teacher is None:
             return outputs, student, None
         signal = self.teacher(inputs)
@@ -339,6 +324,11 @@ class DistillationTrainer(Trainer):
                 "correspond."
             )
         return outputs, student, teacher
+
+    def positions(self, outputs: Any, batch: Batch) -> Tensor:
+        """The student's outputs as `[P, C]`, in the teacher's width where a projection is trained."""
+        values = self.task.flat(named_logits(outputs, self.task.logits), batch)
+        return values if self.projection is None else self.projection(values)
 
     def student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The part of a batch that the student's forward declares; everything, if it declares nothing."""
@@ -356,55 +346,17 @@ class DistillationTrainer(Trainer):
 
     # ---- what the log says ----
 
-    def _record(self, terms: Terms, rows: Tensor | None) -> None:
-        self._window.append((terms, rows))
-        for name, value in (("loss_task", terms.task), ("loss_kd", terms.kd)):
-            if value is not None:
-                self._term_sums[name] = self._term_sums.get(name, 0) + value
-
     def raise_unless_finite(self) -> None:
-        """Raise if a term of the step in hand is not finite, on every rank.
-
-        Raises:
-            FloatingPointError: Names the step, the term and the rows of the data set.
-        """
-        window, self._window = self._window, []
-        self._term_steps += 1
-        bad = ~torch.stack([terms.loss.detach().isfinite() for terms, _ in window]).all()
-        if not (self.accelerator.reduce(bad.float(), "sum") if self.accelerator.num_processes > 1 else bad):
-            return
-        step = self.state.global_step + 1
-        for terms, rows in window:
-            for name, value in (("task", terms.task), ("distillation", terms.kd), ("total", terms.loss)):
-                if value is not None and not bool(value.isfinite()):
-                    where = "unknown (the data has no row numbers)" if rows is None else rows.tolist()
-                    raise FloatingPointError(
-                        f"The {name} loss is {value.item()} at step {step}, rows {where}. No weight was "
-                        "changed by this "
-                        "step and the last checkpoint is intact. Look at those rows; else lower "
-                        "learning_rate, or "
-                        "raise temperature."
-                    )
-        raise FloatingPointError(
-            f"Another rank's loss is not finite at step {step}; its message names the rows."
-        )
+        """Raise on every rank if a term of the step in hand is not finite; called before the optimizer step."""
+        self.terms.end_step(self.accelerator, step=self.state.global_step + 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each term of the loss, averaged over ranks and over the steps since the last log."""
-        if "loss" in logs and self._term_steps:
-            names = sorted(self._term_sums)
-            if names:
-                values = torch.stack([self._term_sums[name] for name in names]) / self._term_steps
-                if self.accelerator.num_processes > 1:
-                    values = self.accelerator.reduce(values, reduction="mean")
-                logs.update(zip(names, values.tolist(), strict=True))
-            for name, spec in (
-                ("alpha", self.args.alpha_schedule),
-                ("temperature", self.args.temperature_schedule),
-            ):
-                if spec != "constant":
+        if "loss" in logs:
+            logs.update(self.terms.means(self.accelerator))
+            for name in ("alpha", "temperature"):
+                if getattr(self.args, f"{name}_schedule") != "constant":
                     logs[name] = getattr(self.mix(), name)
-            self._term_sums, self._term_steps = {}, 0
         super().log(logs, start_time)
 
     # ---- evaluation ----
@@ -434,14 +386,15 @@ class DistillationTrainer(Trainer):
             outputs, student, teacher = self._forward(model, batch, distil=self.distils)
             sums = self.objective.evaluate(student, teacher, supervision, outputs)
         # Gathering rows, not means, drops the rows that ranks repeat to fill their last batch.
-        total = self.gather_function(sums).sum(0)
+        total = self.accelerator.gather_for_metrics(sums).sum(0)
         self._eval_sums = total if self._eval_sums is None else self._eval_sums + total
         task, count = sums[:, STATISTICS.index("task")].sum(), sums[:, STATISTICS.index("task_count")].sum()
         labelled = supervision.labels is not None
         loss = (task / count.clamp_min(1e-12)).float() if labelled else None
         if prediction_loss_only:
             return loss, None, None
-        logits = self._predictions(outputs, ignore_keys)
+        generates = self.args.predict_with_generate
+        logits = self._generated(batch) if generates else self._predictions(outputs, ignore_keys)
         labels = nested_detach(tuple(batch[name] for name in self.task.labels)) if labelled else ()
         return loss, logits, (labels[0] if len(labels) == 1 else labels) if labels else None
 
@@ -459,6 +412,41 @@ class DistillationTrainer(Trainer):
         kept = tuple(value for key, value in outputs.items() if key not in ignored)
         return kept[0] if len(kept) == 1 else kept
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`; further keywords go to `generate` where `predict_with_generate` is set."""
+        with self._generating(kwargs):
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.predict`; further keywords go to `generate` where `predict_with_generate` is set."""
+        with self._generating(kwargs):
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _generating(self, kwargs: dict[str, Any]) -> Iterator[None]:
+        own = ("eval_dataset", "test_dataset", "ignore_keys", "metric_key_prefix")
+        extra = {name: kwargs.pop(name) for name in list(kwargs) if name not in own}
+        if extra and not self.args.predict_with_generate:
+            raise ValueError(
+                f"{sorted(extra)} are for generation; set predict_with_generate=True, or leave them out."
+            )
+        self._generation = {
+            "max_length": self.args.generation_max_length,
+            "num_beams": self.args.generation_num_beams,
+            **extra,
+        }
+        if "max_new_tokens" in extra:
+            self._generation["max_length"] = None
+        yield
+
+    def _generated(self, batch: Batch) -> Tensor:
+        """Token ids that the student generates, padded alike on every rank so that they can be gathered."""
+        tokens = generate(self.student, self.student_inputs(batch), **self._generation)
+        config: Any = getattr(self.student, "generation_config", None)
+        pad = config.pad_token_id if config is not None and config.pad_token_id is not None else 0
+        length = self._generation.get("max_length") or 0
+        return pad_to(tokens, length, pad)
+
     # ---- what is saved: the student, and a record of how it was made ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -467,8 +455,15 @@ class DistillationTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             write_options(folder, self)
+            if _internal_call and self.projection is not None:
+                projection.save(self.projection, folder)
             if _internal_call and self.teacher is not None and self.distils:
                 write_teacher(folder / TEACHER_FILE, self.teacher.identity)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.projection is not None:
+            state_dict = projection.without(self.student.state_dict() if state_dict is None else state_dict)
+        super()._save(output_dir, state_dict)
 
 
 def _task_name(task: str | Task | None) -> str | None:

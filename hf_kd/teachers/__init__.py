@@ -2,7 +2,55 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..loading import load_model
+from ..tasks import TASKS, Task
 from .models import ModelTeacher
 from .signal import Teacher, TeacherSignal
 
-__all__ = ["ModelTeacher", "Teacher", "TeacherSignal"]
+if TYPE_CHECKING:
+    from ..config import DistillationArguments
+
+__all__ = ["ModelTeacher", "Teacher", "TeacherSignal", "resolve_teacher"]
+
+
+def resolve_teacher(
+    teacher: Any, task: Task, args: DistillationArguments, *, student: nn.Module
+) -> Teacher | None:
+    """The teacher of a run: a name is loaded, a model is frozen and placed, a `Teacher` is taken as it is.
+
+    Raises:
+        ValueError: If alpha wants a teacher and there is none, or it is something else, or the student
+            itself.
+    """
+    if teacher is None:
+        if args.alpha > 0 or (args.alpha_end or 0) > 0:
+            raise ValueError(
+                f"alpha={args.alpha} gives the teacher a weight, but teacher=None. Pass a teacher."
+            )
+        return None
+    if isinstance(teacher, str):
+        teacher = load_model(
+            teacher,
+            task.name if task.name in TASKS else None,
+            role="teacher",
+            dtype=args.teacher_dtype,
+            device_map=args.teacher_device_map,
+            revision=args.teacher_revision,
+            trust_remote_code=args.trust_remote_code,
+        )
+    if isinstance(teacher, nn.Module):
+        if teacher is student:
+            raise ValueError(
+                "teacher and model are the same object, which would freeze the student; pass a copy."
+            )
+        return ModelTeacher(teacher, task.logits, device=args.device, revision=args.teacher_revision)
+    if not isinstance(teacher, Teacher):
+        raise ValueError(
+            f"teacher is a {type(teacher).__name__}; pass a model, a path or id, or an object with "
+            "__call__(batch) -> TeacherSignal, `identity` and `columns`."
+        )
+    return teacher
