@@ -212,6 +212,13 @@ def _check_options(trainer: DistillationTrainer, report: Report) -> None:
         report.add(
             "label_smoothing_factor", "label_smoothing_factor has no meaning for regression; set it to 0."
         )
+    spread = args.gradient_accumulation_steps * trainer.accelerator.num_processes
+    if trainer.task.batch_coupled and spread > 1:
+        report.warnings.append(
+            f"Task {trainer.task.name!r} compares the rows of a micro-batch with each other, so its loss depends on "
+            f"per_device_train_batch_size={args.per_device_train_batch_size}: {spread} micro-batches per step are not "
+            "one batch of that many rows."
+        )
     if getattr(getattr(trainer.student, "config", None), "output_router_logits", False):
         report.warnings.append(
             "config.output_router_logits=True: the router's auxiliary loss is not part of this objective."
