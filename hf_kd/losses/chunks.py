@@ -28,7 +28,7 @@ IGNORED = -100
 # Kept tiles hold logits, not exponentials, where the slope needs the logits themselves: a log-ratio is
 # unbounded.
 _NEED_LOGITS = ("reverse_kl", "jeffreys")
-_SCRATCH_TILES = 6
+_SCRATCH_TILES = 4
 
 
 @dataclass(frozen=True)
@@ -212,14 +212,17 @@ class _Group:
             shared=shared,
             kept_columns=job.head.classes + (shared if teacher is not None else 0),
             chunk_bytes=job.chunk_bytes,
-            other_bytes=0,
             # Statistics are a few float64 per tile, and a tile has 512 classes or more.
             row_bytes=item * columns + 160 * entries + job.head.classes // 4,
-            scratch=_SCRATCH_TILES,
+            scratch=_SCRATCH_TILES + (not self._plain()),
             upcast_columns=upcast,
             dtype=self.dtype,
             device=self.hidden.device,
         )
+
+    def _plain(self) -> bool:
+        """Whether both softmaxes come from one exponential and a product, without one more tile."""
+        return self.job.temperature in (1, 2) and self.job.kind == "forward_kl" and not self.keep_logits
 
     def run(self, chosen: Tensor, weights: Tensor, ce_weight: Tensor, kd_weight: Tensor) -> None:
         """Add all chosen positions to totals and gradients."""

@@ -21,16 +21,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .chunks import Job, run_job
+from .evaluation import FusedEvaluation, fused_evaluation
 from .tiles import DenseTeacher, Head, HiddenTeacher, SparseTeacher, Teacher
 
 __all__ = [
     "DenseTeacher",
     "FUSED_DIVERGENCES",
+    "FusedEvaluation",
     "FusedLoss",
     "Head",
     "HiddenTeacher",
     "SparseTeacher",
     "fused_distillation",
+    "fused_evaluation",
 ]
 
 # The options of each divergence, with their defaults.
@@ -142,8 +145,8 @@ def fused_distillation(
     job = Job(
         head=head,
         teacher=_flatten_teacher(teacher, rows, shared),
-        labels=_flatten("labels", labels, rows),
-        kd_weights=_flatten("kd_weights", kd_weights, rows),
+        labels=None if labels is None else _flatten("labels", labels, rows),
+        kd_weights=None if kd_weights is None else _flatten("kd_weights", kd_weights, rows),
         alpha=alpha,
         temperature=temperature,
         teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
@@ -175,7 +178,7 @@ class _FusedDistillation(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             loss, sums, gradients = run_job(job, hidden, wanted)
         ctx.gradients = [
-            None if gradient is None else gradient.to(like.dtype)
+            None if gradient is None or like is None else gradient.to(like.dtype)
             for gradient, like in zip(gradients, (hidden, weight, bias), strict=True)
         ]
         ctx.mark_non_differentiable(sums)
@@ -235,9 +238,7 @@ def _shared(wanted: int | None, head: Head, teacher: Teacher | None) -> int:
     return wanted
 
 
-def _flatten(name: str, values: Tensor | None, rows: torch.Size) -> Tensor | None:
-    if values is None:
-        return None
+def _flatten(name: str, values: Tensor, rows: torch.Size) -> Tensor:
     if values.shape[: len(rows)] != rows:
         raise ValueError(
             f"{name} has shape {tuple(values.shape)}, hidden {tuple(rows)} positions; they must match."
@@ -256,8 +257,13 @@ def _flatten_teacher(teacher: Teacher | None, rows: torch.Size, classes: int) ->
                 f"SparseTeacher.ids go up to {int(teacher.ids.max())}, the shared classes are {classes}; "
                 "drop the other entries and add their mass to log_tail."
             )
-        names = ("ids", "log_probs", "log_tail", "weights")
-        return SparseTeacher(*(_flatten(f"teacher.{name}", getattr(teacher, name), rows) for name in names))
+        tail, weights = teacher.log_tail, teacher.weights
+        return SparseTeacher(
+            _flatten("teacher.ids", teacher.ids, rows),
+            _flatten("teacher.log_probs", teacher.log_probs, rows),
+            None if tail is None else _flatten("teacher.log_tail", tail, rows),
+            None if weights is None else _flatten("teacher.weights", weights, rows),
+        )
     return None
 
 

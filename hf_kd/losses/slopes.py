@@ -224,8 +224,8 @@ class SecondPass:
             else:
                 self._raise(e, self.ce_power, scratch).mul_(a_ce)
             return
-        plain = dead is None and factor is None and a_ce is not None
-        if plain and {self.kd_power, self.ce_power} <= {1, 2}:
+        plain = dead is None and factor is None and {self.kd_power, self.ce_power} <= {1, 2}
+        if a_ce is not None and plain:
             if self.kd_power == self.ce_power:
                 e.mul_(a_ce + a_kd)
             else:  # one of the two is e, the other e^2

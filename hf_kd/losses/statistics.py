@@ -181,9 +181,8 @@ class FirstPass:
         tiles = self.buffers.plan.tiles
         n = hidden.shape[0]
         shape = (len(tiles), n)
-        float64 = {"dtype": torch.float64, "device": hidden.device}
-        empty = torch.full(shape, -torch.inf, **float64)
-        zero = torch.zeros(shape, **float64)
+        zero = torch.zeros(shape, dtype=torch.float64, device=hidden.device)
+        empty = torch.full_like(zero, -torch.inf)
         out = Statistics(
             top=hidden.new_zeros(shape),
             teacher_top=hidden.new_zeros(shape),

@@ -15,8 +15,8 @@ from torch import Tensor
 
 __all__ = ["DenseTeacher", "Head", "HiddenTeacher", "SparseTeacher"]
 
-# One MiB a thread stays in cache and keeps barriers far apart; on an accelerator, launches should be few.
-_TILE_BYTES = 1 << 20
+# Two MiB a thread stay in cache and keep barriers far apart; on an accelerator, launches should be few.
+_TILE_BYTES = 1 << 21
 _ACCELERATOR_TILE_BYTES = 1 << 25
 _MAX_TOKENS = 512
 _MIN_TOKENS = 8
@@ -136,8 +136,9 @@ class Projection:
         """Columns of the hidden state."""
         return self.weight.shape[1]
 
-    def prepare(self, hidden: Tensor, rows: Tensor) -> Tensor:
+    def prepare(self, hidden: Tensor | None, rows: Tensor) -> Tensor:
         """Hidden states `[n, H]` of some rows, in the dtype of the maths and scaled."""
+        assert hidden is not None
         return hidden.detach().index_select(0, rows).to(self.dtype).mul_(self.factor)
 
     def rows_of_weight(self, start: int, stop: int) -> Tensor:
@@ -236,7 +237,6 @@ def make_plan(
     shared: int,
     kept_columns: int,
     chunk_bytes: int,
-    other_bytes: int,
     row_bytes: int,
     scratch: int,
     upcast_columns: int,
@@ -251,7 +251,6 @@ def make_plan(
         shared: Classes that the teacher knows too: the first ones.
         kept_columns: Columns that a chunk holds between the passes, both models together.
         chunk_bytes: The budget.
-        other_bytes: Bytes needed once, whatever the chunk.
         row_bytes: Bytes a token needs beside its kept columns.
         scratch: Number of tiles held at a time.
         upcast_columns: Widths of the heads of which a copy in `dtype` is made, tile by tile, together.
@@ -260,9 +259,9 @@ def make_plan(
     """
     item = dtype.itemsize
     tile_bytes = _ACCELERATOR_TILE_BYTES if device.type != "cpu" else _TILE_BYTES * torch.get_num_threads()
-    tile_bytes = min(tile_bytes, max(1 << 16, chunk_bytes // (4 * scratch)))
+    tile_bytes = min(tile_bytes, max(1 << 16, chunk_bytes // 64))
     upcast_bytes = min(_UPCAST_BYTES, chunk_bytes // 8) if upcast_columns else 0
-    reserved = other_bytes + upcast_bytes + scratch * tile_bytes + min(_OVERHEAD_BYTES, chunk_bytes // 8)
+    reserved = upcast_bytes + scratch * tile_bytes + min(_OVERHEAD_BYTES, chunk_bytes // 16)
     left = chunk_bytes - reserved
     tokens = max(_MIN_TOKENS, min(_MAX_TOKENS, left // (item * kept_columns + row_bytes)))
     # Equal chunks: a small last one would be slow.

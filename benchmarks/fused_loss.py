@@ -1,0 +1,289 @@
+"""Value and gradient of `0.5 CE + 0.5 T^2 D` from hidden states: the fused loss, dense, Liger and TRL.
+
+    python benchmarks/fused_loss.py --save fused_loss.json
+    python benchmarks/fused_loss.py --tokens 512 --vocabulary 151936 --methods "floor;fused;dense"
+
+Times are CPU time of the process (wall time says little on a shared machine), medians of interleaved
+repeats, and as ratios to the floor: the four matrix products that no method can avoid, measured in the
+same run. Memory is the peak of the whole process beyond its inputs and the gradients, each method in a
+process of its own. Liger and TRL are measured if they are installed (`pip install hf-kd[bench]`); TRL
+has no cross-entropy, so it does less work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_kd.losses.fused import Head, HiddenTeacher, SparseTeacher, fused_distillation
+
+RESULTS = Path(__file__).parent / "results"
+TEMPERATURE = 2.0
+MIB = 1 << 20
+
+
+@dataclass
+class Case:
+    """Inputs of one size: hidden states, heads and labels."""
+
+    tokens: int
+    vocabulary: int
+    widths: tuple[int, int]
+    masked: float = 0.0
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        g = torch.Generator().manual_seed(0)
+        student, teacher = self.widths
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return torch.empty(shape).normal_(generator=g).mul_(scale).to(self.dtype)
+
+        self.hidden = normal(self.tokens, student).requires_grad_()
+        self.weight = normal(self.vocabulary, student, scale=2 * student**-0.5).requires_grad_()
+        self.teacher_hidden = normal(self.tokens, teacher)
+        self.teacher_weight = normal(self.vocabulary, teacher, scale=2 * teacher**-0.5)
+        self.labels = torch.randint(0, self.vocabulary, (self.tokens,), generator=g)
+        if self.masked:
+            self.labels[torch.rand(self.tokens, generator=g) < self.masked] = -100
+
+    def gradients(self) -> int:
+        """Bytes of the gradients that must exist."""
+        wanted = (self.hidden, self.weight)
+        return sum(x.numel() * x.element_size() for x in wanted if x.requires_grad)
+
+
+def floor(case: Case, products: str = "zthw") -> None:
+    """Products nobody avoids: student `z` and teacher `t` logits, gradients of hidden `h` and head `w`."""
+    with torch.no_grad():
+        rows = min(512, case.tokens)
+        logits = torch.empty(rows, case.vocabulary)
+        grad_weight = torch.empty_like(case.weight) if "w" in products else None
+        for a in range(0, case.tokens, rows):
+            hidden = case.hidden[a : a + rows]
+            out = logits[: len(hidden)]
+            if "t" in products:
+                torch.mm(case.teacher_hidden[a : a + rows], case.teacher_weight.T, out=out)
+            torch.mm(hidden, case.weight.T, out=out)
+            torch.mm(out, case.weight)
+            if grad_weight is not None:
+                grad_weight.addmm_(out.T, hidden, beta=1 if a else 0)
+
+
+def fused(case: Case, **options: object) -> None:
+    """Ours."""
+    teacher = options.pop("teacher", HiddenTeacher(case.teacher_hidden, Head(case.teacher_weight)))
+    settings = {"temperature": TEMPERATURE, **options}
+    out = fused_distillation(case.hidden, Head(case.weight), teacher=teacher, labels=case.labels, **settings)
+    out.loss.backward()
+
+
+def dense(case: Case, divergence: str = "forward_kl") -> None:
+    """Logits and autograd, as a careful person writes it."""
+    z = case.hidden @ case.weight.T
+    with torch.no_grad():
+        t = case.teacher_hidden @ case.teacher_weight.T
+    loss = 0.5 * F.cross_entropy(z.float(), case.labels)
+    log_q, log_p = F.log_softmax(z.float() / TEMPERATURE, -1), F.log_softmax(t.float() / TEMPERATURE, -1)
+    if divergence == "forward_kl":
+        terms = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+    else:
+        mix = torch.logaddexp(log_q, log_p) - torch.log(torch.tensor(2.0))
+        terms = 0.5 * F.kl_div(mix, log_p, reduction="none", log_target=True)
+        terms = terms + 0.5 * F.kl_div(mix, log_q, reduction="none", log_target=True)
+    keep = case.labels != -100
+    (loss + 0.5 * TEMPERATURE**2 * terms.sum(-1)[keep].mean()).backward()
+
+
+def liger(case: Case, beta: float = 0.0) -> None:
+    """Liger's chunked distillation, at the chunk size that is fastest here."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    function = LigerFusedLinearJSDLoss(0.5, 0.5, beta, -100, TEMPERATURE, compiled=False, chunk_size=256)
+    function(case.hidden, case.weight, case.teacher_hidden, case.teacher_weight, case.labels).backward()
+
+
+def trl(case: Case, beta: float = 0.0) -> None:
+    """TRL's chunked divergence (torch, no cross-entropy)."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    out, _ = ChunkedDivergenceFunction.apply(
+        case.hidden, case.weight, None, case.teacher_hidden, case.teacher_weight, None, beta, TEMPERATURE
+    )
+    out.mean().mul(0.5 * TEMPERATURE**2).backward()
+
+
+def _sparse(case: Case, k: int = 64) -> SparseTeacher:
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, case.vocabulary - k, (case.tokens, 1), generator=g) + torch.arange(k)
+    log_p = F.log_softmax(torch.randn(case.tokens, k + 1, generator=g), -1)
+    return SparseTeacher(ids, log_p[:, :k], log_p[:, k])
+
+
+def _drawn(case: Case, k: int = 64) -> SparseTeacher:
+    signal = _sparse(case, k)
+    return SparseTeacher(signal.ids, signal.log_probs, weights=signal.log_probs.exp())
+
+
+METHODS: dict[str, Callable[[Case], None]] = {
+    "floor": floor,
+    "floor of cross-entropy": lambda case: floor(case, "zhw"),
+    "floor, frozen head": lambda case: floor(case, "zth"),
+    "fused": fused,
+    "fused, 64 MiB": lambda case: fused(case, chunk_bytes=64 * MIB),
+    "fused, 40 MiB": lambda case: fused(case, chunk_bytes=40 * MIB),
+    "fused, T = 1": lambda case: fused(case, temperature=1.0),
+    "fused, entropies": lambda case: fused(case, entropies=True),
+    "fused, jsd": lambda case: fused(case, divergence="jsd"),
+    "fused, reverse_kl": lambda case: fused(case, divergence="reverse_kl"),
+    "fused, jeffreys": lambda case: fused(case, divergence="jeffreys"),
+    "fused, skew_kl": lambda case: fused(case, divergence="skew_kl"),
+    "fused, tvd": lambda case: fused(case, divergence="tvd"),
+    "fused cross-entropy": lambda case: fused(case, alpha=0.0),
+    "fused, sparse tail": lambda case: fused(case, teacher=_sparse(case)),
+    "fused, sparse draws": lambda case: fused(case, teacher=_drawn(case)),
+    "dense": dense,
+    "dense, jsd": lambda case: dense(case, "jsd"),
+    "liger": liger,
+    "liger, jsd": lambda case: liger(case, 0.5),
+    "trl": trl,
+    "trl, jsd": lambda case: trl(case, 0.5),
+}
+DEFAULT = ("floor", "fused", "fused, 64 MiB", "dense", "liger", "trl")
+
+
+def measure_time(case: Case, methods: list[str], repeats: int) -> dict[str, list[float]]:
+    """CPU seconds of each method, its repeats interleaved with the others'; the first round is a warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for repeat in range(repeats + 1):
+        for name in methods:
+            case.hidden.grad = case.weight.grad = None
+            start = time.process_time()
+            METHODS[name](case)
+            if repeat:
+                seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError(f"/proc/self/status has no {field}.")
+
+
+def peak_bytes(case: Case, method: str) -> int:
+    """Peak resident bytes of this process during one call, beyond what it held before and the gradients."""
+    METHODS[method](Case(16, 4096, case.widths, dtype=case.dtype))  # libraries loaded
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    METHODS[method](case)
+    return _status("VmHWM") - before - case.gradients()
+
+
+def measure_memory(arguments: argparse.Namespace, methods: list[str]) -> dict[str, int | None]:
+    """Extra bytes of each method, measured in a process of its own; None if that did not finish."""
+    out: dict[str, int | None] = {}
+    for method in methods:
+        command = [sys.executable, __file__, "--peak", method, "--tokens", str(arguments.tokens)]
+        command += ["--vocabulary", str(arguments.vocabulary), "--widths", arguments.widths]
+        command += ["--threads", str(arguments.threads), "--dtype", arguments.dtype]
+        command += ["--masked", str(arguments.masked), *(["--frozen"] if arguments.frozen else [])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        out[method] = int(done.stdout.split()[-1]) if done.returncode == 0 else None
+    return out
+
+
+def machine() -> dict[str, object]:
+    """What the numbers depend on."""
+    model = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    """Measure one size, or one method's peak, and print; `--save` adds it to the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--widths", default="256,512")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--methods", default=None, help="names separated by ';'")
+    parser.add_argument("--masked", type=float, default=0.0)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--frozen", action="store_true", help="the student's head gets no gradient")
+    parser.add_argument("--peak", default=None, help="print the peak bytes of this method, and nothing else")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-time", action="store_true")
+    parser.add_argument("--save", default=None, help="file under benchmarks/results to append to")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    student, teacher = map(int, arguments.widths.split(","))
+    case = Case(
+        arguments.tokens,
+        arguments.vocabulary,
+        (student, teacher),
+        arguments.masked,
+        getattr(torch, arguments.dtype),
+    )
+    case.weight.requires_grad_(not arguments.frozen)
+    if arguments.peak:
+        print(peak_bytes(case, arguments.peak))
+        return
+    methods = list(DEFAULT) if arguments.methods is None else arguments.methods.split(";")
+    seconds = {} if arguments.no_time else measure_time(case, methods, arguments.repeats)
+    memory = (
+        {} if arguments.no_memory else measure_memory(arguments, [m for m in methods if "floor" not in m])
+    )
+    base = statistics.median(seconds["floor"]) if "floor" in seconds else None
+    rows = []
+    for method in methods:
+        times = sorted(seconds.get(method, []))
+        median = statistics.median(times) if times else None
+        ratio = median / base if median is not None and base else None
+        extra = memory.get(method)
+        rows.append(
+            {"method": method, "seconds": median, "all": times, "over_floor": ratio, "extra_bytes": extra}
+        )
+        shown = "".join(
+            f"{value / unit:12.3f}" if value is not None else f"{'-':>12}"
+            for value, unit in ((median, 1), (ratio, 1), (extra, MIB))
+        )
+        print(f"{method:28}{shown}", flush=True)
+    if arguments.save:
+        path = RESULTS / arguments.save
+        path.parent.mkdir(exist_ok=True)
+        known = json.loads(path.read_text()) if path.exists() else {"schema_version": 1, "runs": []}
+        size = {name: getattr(arguments, name) for name in ("tokens", "vocabulary", "widths", "threads")}
+        size |= {name: getattr(arguments, name) for name in ("masked", "dtype", "frozen", "repeats")}
+        known["runs"].append({**size, "machine": machine(), "rows": rows})
+        path.write_text(json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
