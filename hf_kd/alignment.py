@@ -14,9 +14,23 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT_LABEL = re.compile(r"LABEL_\d+")
 #: Tasks whose classes are entries of a vocabulary instead of named labels.
-VOCABULARY_TASKS = ("causal-lm", "masked-lm", "seq2seq-lm", "ctc")
+VOCABULARY_TASKS = (
+    "causal-lm",
+    "image-text-to-text",
+    "masked-lm",
+    "seq2seq-lm",
+    "speech-seq2seq",
+    "ctc",
+)
 #: Tasks whose classes are places in the input, the same for both models by construction.
-PLACE_TASKS = ("question-answering", "multiple-choice", "next-sentence", "image-text", "embedding")
+PLACE_TASKS = (
+    "question-answering",
+    "multiple-choice",
+    "next-sentence",
+    "image-text",
+    "embedding",
+    "embedding-similarity",
+)
 
 
 class AlignmentError(ValueError):
@@ -117,13 +131,14 @@ def align_vocabulary(
     Args:
         student_size: Number of the student's output classes.
         teacher_size: Number of the teacher's output classes.
-        student_tokens: The student's tokenizer, or None if it is not known.
-        teacher_tokens: The teacher's tokenizer, or None if it is not known.
+        student_tokens: The student's tokenizer or a processor that holds it, or None if it is not known.
+        teacher_tokens: The teacher's, likewise.
 
     Raises:
         AlignmentError: If the tokenizers differ (with the first token that does), or the sizes differ and the
             tokenizers are not known.
     """
+    student_tokens, teacher_tokens = _tokenizer(student_tokens), _tokenizer(teacher_tokens)
     if student_tokens is not None and teacher_tokens is not None and student_tokens is not teacher_tokens:
         difference = first_difference(student_tokens, teacher_tokens)
         if difference is not None:
@@ -160,10 +175,14 @@ def align_vocabulary(
     )
 
 
+def _tokenizer(processor: Any) -> Any:
+    """The tokenizer itself, or the one in a processor; None where there is none (a feature extractor)."""
+    tokens = getattr(processor, "tokenizer", processor)
+    return tokens if hasattr(tokens, "get_vocab") else None
+
+
 def first_difference(student_tokens: Any, teacher_tokens: Any) -> str | None:
     """The first token id whose token differs between two tokenizers, in words; None if there is none."""
-    if not hasattr(student_tokens, "get_vocab") or not hasattr(teacher_tokens, "get_vocab"):
-        return None
     ours, theirs = ({i: t for t, i in tok.get_vocab().items()} for tok in (student_tokens, teacher_tokens))
     for index in sorted(ours.keys() | theirs.keys()):
         if ours.get(index) != theirs.get(index):
