@@ -124,8 +124,9 @@ class QuestionAnswering(Task):
     """Start and end of a span: two positions per row, each over the tokens of the row.
 
     Padding and the question are excluded from both softmaxes, `[CLS]` (no answer) stays. Which tokens those
-    are is read from a `span_mask` column if there is one, else from `token_type_ids` (1: context), else only
-    padding can be excluded. A label on an excluded token counts as no label.
+    are is read from a `span_mask` column if there is one, else from `token_type_ids` (1: context). In rows
+    without either, or with no token marked as context, only padding can be excluded. A label on an excluded
+    token counts as no label.
     """
 
     def allowed(self, batch: Batch) -> Tensor:
@@ -137,7 +138,8 @@ class QuestionAnswering(Task):
         if types is None:
             return attended
         first = attended & (attended.cumsum(-1) == 1)
-        return attended & ((types == 1) | first)
+        unmarked = ~(types == 1).any(-1, keepdim=True)
+        return attended & ((types == 1) | first | unmarked)
 
     def flat(self, logits: Logits, batch: Batch) -> Tensor:
         """`[2 B, L]`, start and end in turn, -inf on excluded tokens."""
