@@ -31,6 +31,8 @@ _SIDES = {
 # Attributes that may differ between a layer and its copy at another place: they say where, not what, it is.
 _PLACE = re.compile(r"layer_?(idx|id|number|index)|block_?idx|seed|drop")
 _Cuts = Mapping[str, Sequence[int]]
+# Settings of parts in front of the layers, whose number may happen to be the same.
+_NOT_LAYERS = ("__", "conv_", "tdnn_")
 _INDEX_LIST = re.compile(r"(layers|idxs|indexes|indices|_ids)$")
 
 
@@ -81,7 +83,7 @@ def init_student(
             the remaining ones compute.
     """
     _refuse_unreadable(teacher)
-    stacks = list(_find_stacks(teacher))
+    stacks = _find_stacks(teacher)
     if not stacks:
         raise ValueError(
             f"init_student finds no stack of layers in {type(teacher).__name__}: none of its module lists is "
@@ -90,9 +92,9 @@ def init_student(
     cuts = _choose(stacks, num_layers, layers)
     config = copy.deepcopy(teacher.config)
     config._name_or_path = ""
-    for stack in stacks:
-        _cut_config(_sub_config(config, stack.config_path), stack, cuts[stack.module])
     try:
+        for stack in stacks:
+            _cut_config(_sub_config(config, stack.config_path), stack, cuts[stack.module])
         with torch.random.fork_rng(devices=[]):  # the initialisation is overwritten: leave no trace of it
             student = type(teacher)(config)
         _copy_weights(teacher, student, cuts)
@@ -139,43 +141,57 @@ def _refuse_unreadable(teacher: object) -> None:
         raise ValueError("weights of the teacher are off-loaded: load it without a device map for that")
 
 
-def _find_stacks(model: PreTrainedModel) -> Iterator[_Stack]:
+def _find_stacks(model: PreTrainedModel) -> list[_Stack]:
     """Outermost module lists whose length is the layer count of the config they were built from."""
+    found: dict[str, tuple[int, _Stack]] = {}
     owners: list[tuple[str, PreTrainedConfig]] = []
-    lists: list[str] = []
     for path, module in model.named_modules():
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig):
             owners.append((path, config))
-        if not isinstance(module, nn.ModuleList) or len(module) < 2:
-            continue
-        if any(path.startswith(f"{outer}.") for outer in lists):
-            continue
-        lists.append(path)
+    for path, module in _outer_lists(model).items():
         owner = max((item for item in owners if _is_inside(path, item[0])), key=lambda item: len(item[0]))[1]
         config_path = _config_path(model.config, owner)
         if config_path is None or hasattr(owner, "depths"):  # stages of a pyramid are not layers
             continue
         fields = _count_fields(_sub_config(model.config, config_path), path, len(module))
-        if fields:
-            yield _Stack(path, config_path, fields, len(module))
+        if not fields:
+            continue
+        stack = _Stack(path, config_path, fields, len(module))
+        size = sum(p.numel() for p in module.parameters())
+        # A list of another kind may happen to be as long: the layers are where the weights are.
+        if size > found.get(stack.option, (0, stack))[0]:
+            found[stack.option] = (size, stack)
+    return [stack for _, stack in found.values()]
+
+
+def _outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Module lists of two or more that are in no other such list, by path."""
+    lists: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        nested = any(path.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and not nested:
+            lists[path] = module
+    return lists
 
 
 def _is_inside(path: str, prefix: str) -> bool:
     return not prefix or path.startswith(f"{prefix}.")
 
 
-def _config_path(root: PreTrainedConfig, wanted: PreTrainedConfig, path: str = "") -> str | None:
+def _config_path(root: PreTrainedConfig, wanted: PreTrainedConfig) -> str | None:
     """Where in the tree of configs `wanted` is; some stacks (T5) hold a copy, found by its class."""
-    if root is wanted or type(root) is type(wanted):
-        return path
-    for name in getattr(root, "sub_configs", {}):
-        child = getattr(root, name, None)
+    tree = dict(_config_tree(root))
+    same = [path for path, config in tree.items() if config is wanted]
+    alike = [path for path, config in tree.items() if type(config) is type(wanted)]
+    return next(iter(same or alike), None)
+
+
+def _config_tree(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
+    yield path, config
+    for name, child in vars(config).items():
         if isinstance(child, PreTrainedConfig):
-            found = _config_path(child, wanted, f"{path}.{name}".lstrip("."))
-            if found is not None:
-                return found
-    return None
+            yield from _config_tree(child, f"{path}.{name}".lstrip("."))
 
 
 def _sub_config(config: PreTrainedConfig, path: str) -> PreTrainedConfig:
@@ -236,12 +252,22 @@ def _cut_config(config: PreTrainedConfig, stack: _Stack, kept: Sequence[int]) ->
     for name in stack.fields:
         setattr(config, name, len(kept))
     for name, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and not name.startswith("__"):
+        if isinstance(value, list | tuple) and not name.startswith(_NOT_LAYERS):
             cut = _cut_setting(name, value, stack.count, kept)
             if cut != value:
                 setattr(config, name, cut)
+    if getattr(config, "stage_names", None):
+        _cut_stages(config, stack, len(kept))
     if config.model_type == "gpt_neo":  # attention_layers is made from this pattern when the config is loaded
         config.attention_types = [[list(config.attention_layers), 1]]
+
+
+def _cut_stages(config: Any, stack: _Stack, layers: int) -> None:
+    """A config that can serve as backbone names each layer as a stage; by default it gives the last."""
+    if list(config.out_indices) != [stack.count]:
+        raise ValueError(f"out_features={config.out_features} of a backbone name layers that may not be kept")
+    config.stage_names = list(config.stage_names)[: layers + 1]
+    config.set_output_features_output_indices(None, None)
 
 
 def _cut_setting(name: str, value: Sequence[Any], count: int, kept: Sequence[int]) -> Sequence[Any]:
@@ -291,6 +317,9 @@ def _move_buffers(student: PreTrainedModel, device: torch.device) -> None:
 def _compare_layers(teacher: PreTrainedModel, student: PreTrainedModel, cuts: _Cuts) -> None:
     """Refuse a layer that computes something else at its new place (window, rotary, experts ...)."""
     modules = dict(teacher.named_modules())
+    for name, module in _outer_lists(teacher).items():
+        if name not in cuts and len(module) != len(student.get_submodule(name)):  # type: ignore[arg-type]
+            raise ValueError(f"{name} would be cut too, by the same option")
     for name, module in student.named_modules():
         if not any(name.startswith(f"{path}.") for path in cuts):
             continue
