@@ -101,8 +101,8 @@ def head_inputs(spec: HeadSpec) -> Iterator[list[Tensor]]:
     """Let the model's own forward stop short of its logits.
 
     Within the context, each call of the model, however it is wrapped, adds the hidden states `[..., H]` that
-    its head was given to the list, with their graph; its `logits` are placeholders with one class. Call without
-    `labels`.
+    its head was given to the list, with their graph; its `logits` are placeholders with one class. Call it
+    without `labels`.
     """
     captured: list[Tensor] = []
 
