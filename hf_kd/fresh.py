@@ -14,6 +14,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_kd.tasks import TASKS
 
+# Options that every config takes, though most do not declare them.
+_EVERY_CONFIG = (
+    "num_labels",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "decoder_start_token_id",
+)
+
 
 def fresh_student(
     teacher: PreTrainedModel, overrides: Mapping[str, Any], *, seed: int = 0
@@ -124,7 +134,7 @@ def _make_config(kind: type[PreTrainedConfig], values: Mapping[str, Any], option
 
 
 def _known_keys(kind: type[PreTrainedConfig]) -> set[str]:
-    return {"num_labels", *inspect.signature(kind).parameters, *kind.attribute_map} - {"self", "kwargs"}
+    return {*_EVERY_CONFIG, *inspect.signature(kind).parameters, *kind.attribute_map} - {"self", "kwargs"}
 
 
 def _check_keys(

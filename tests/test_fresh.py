@@ -100,3 +100,9 @@ def test_build_model_takes_labels_and_tokenizer():
         problem_type="multi_label_classification",
     )  # fmt: skip
     assert several.config.num_labels == 5 and several.config.problem_type == "multi_label_classification"
+
+
+def test_options_that_configs_take_without_declaring_them():
+    """T5's start token is in no signature, and a model without it cannot be trained."""
+    config = {"model_type": "t5", "d_model": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    assert build_model(config, task="seq2seq-lm").config.decoder_start_token_id == 0

@@ -190,7 +190,8 @@ def _numbers(prediction: EvalPrediction, *_: Any) -> tuple[Any, Any]:
 def _spans(
     prediction: EvalPrediction, _task: str, _names: Any, allowed: Callable[[Any], np.ndarray | None] | None
 ) -> tuple[Any, Any]:
-    start, end = prediction.predictions[0], prediction.predictions[1]
+    logits: Any = prediction.predictions
+    start, end = np.asarray(logits[0]), np.asarray(logits[1])
     true = np.stack([np.asarray(side) for side in prediction.label_ids[:2]], -1)
     inside = allowed(prediction.label_ids) if allowed is not None else None
     if inside is not None:
