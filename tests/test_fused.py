@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_kd.losses import divergences, tiles
+from hf_kd.losses import chunks, divergences, tiles
 from hf_kd.losses.fused import (
     FUSED_DIVERGENCES,
     DenseTeacher,
@@ -499,3 +499,27 @@ def test_memory_is_bounded_by_the_budget(monkeypatch):
             held = 8 * plan.tokens * classes + 4 * plan.widest * (5 * plan.tokens + 768)
             assert held <= budget
             assert plan.tiles[-1].stop == classes
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 20.0])
+@pytest.mark.parametrize("kind", ["hidden", "dense", "draws", None])
+@pytest.mark.parametrize("masked", [False, True])
+def test_frozen_head_without_keeping_tiles(monkeypatch, temperature, kind, masked):
+    """A frozen head with a small budget: running sums give the same gradient of the hidden states."""
+    problem = Problem(std=3.0, masked=masked, seed=2)
+    options = {"temperature": temperature, "z_loss": 1e-3, "alpha": 0.5 if kind else 0.0}
+    teacher = problem.teacher(kind) if kind != "draws" else None
+    if kind == "draws":
+        log_p = (problem.teacher_logits() / temperature).log_softmax(-1)
+        ids = torch.multinomial(log_p.exp(), 9, generator=torch.Generator().manual_seed(0), replacement=True)
+        teacher = SparseTeacher(ids, log_p.gather(1, ids), weights=torch.full(ids.shape, 1 / 9))
+    kept, wanted = problem.fused(teacher, **options)
+    monkeypatch.setattr(chunks, "_FEW_TOKENS", 10**9)
+    hidden = problem.hidden.clone().requires_grad_()
+    out = fused_distillation(
+        hidden, problem.head, teacher=teacher, labels=problem.labels, kd_weights=problem.weights,
+        **DEFAULTS | options,
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(kept.loss.item())
+    torch.testing.assert_close(hidden.grad, wanted[0])

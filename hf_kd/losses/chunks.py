@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from .divergences import DIVERGENCES
+from .job import Job
 from .slopes import Entries, Gradients, SecondPass, Weights
 from .sparse import SparseRows, sparse_terms
 from .statistics import Buffers, FirstPass, Needs, Statistics
+from .streaming import RowSums
 from .tiles import (
     DenseSource,
     DenseTeacher,
-    Head,
     HiddenTeacher,
     Plan,
     Projection,
     SparseTeacher,
-    Teacher,
     make_plan,
 )
 
@@ -29,48 +29,8 @@ IGNORED = -100
 # unbounded.
 _NEED_LOGITS = ("reverse_kl", "jeffreys")
 _SCRATCH_TILES = 4
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that defines the loss but the student's hidden states; the tensors are flat, `[N, ...]`."""
-
-    head: Head
-    teacher: Teacher | None
-    labels: Tensor | None
-    kd_weights: Tensor | None
-    alpha: float
-    temperature: float
-    teacher_temperature: float
-    kind: str
-    parameter: float
-    task_count: Tensor | float | None
-    kd_count: Tensor | float | None
-    scale: float
-    label_smoothing: float
-    z_loss: float
-    shared: int
-    chunk_bytes: int
-    entropies: bool
-    with_gradient: bool = False
-
-    @property
-    def tau(self) -> float:
-        """Temperature at which the student is exponentiated; the other softmax is a power of that one.
-
-        The larger of T and 1, so that the power is at least 1 and nothing that matters underflows first.
-        """
-        return max(self.temperature, 1.0)
-
-    @property
-    def kd_power(self) -> float:
-        """Exponent from exponentials at `tau` to the temperature."""
-        return self.tau / self.temperature
-
-    @property
-    def ce_power(self) -> float:
-        """Exponent from exponentials at `tau` to temperature 1."""
-        return self.tau
+# Products of fewer tokens than this are so slow that one or two more products cost less.
+_FEW_TOKENS = 96
 
 
 @dataclass
@@ -196,6 +156,7 @@ class _Group:
         self.keep_logits = job.head.softcap is not None or (
             self.teacher is not None and job.kind in _NEED_LOGITS
         )
+        self.streams = self._streams()
 
     def _plan(self, rows: int) -> Plan:
         job, student, teacher = self.job, self.student, self.teacher
@@ -204,21 +165,49 @@ class _Group:
         upcast = student.width if student.weight.dtype != self.dtype else 0
         if isinstance(teacher, Projection) and teacher.weight.dtype != self.dtype:
             upcast += teacher.width
-        columns = 2 * student.width + (0 if teacher is None else teacher.width)
+        columns = (7 if self.streams else 2) * student.width + (0 if teacher is None else teacher.width)
         entries = 0 if self.sparse is None else self.sparse.ids.shape[-1]
         return make_plan(
             rows,
             classes=job.head.classes,
             shared=shared,
-            kept_columns=job.head.classes + (shared if teacher is not None else 0),
+            kept_columns=0 if self.streams else self._kept_columns(),
             chunk_bytes=job.chunk_bytes,
             # Statistics are a few float64 per tile, and a tile has 512 classes or more.
             row_bytes=item * columns + 160 * entries + job.head.classes // 4,
-            scratch=_SCRATCH_TILES + (not self._plain()),
+            scratch=_SCRATCH_TILES + (4 if self.streams else not self._plain()),
             upcast_columns=upcast,
             dtype=self.dtype,
             device=self.hidden.device,
         )
+
+    def _kept_columns(self) -> int:
+        return self.job.head.classes + (self.job.shared if self.teacher is not None else 0)
+
+    def _streams(self) -> bool:
+        """Whether to keep no tile: a frozen head, and a budget of too few tokens to work in chunks."""
+        job, sink = self.job, self.gradients
+        if sink.hidden is None or sink.weight is not None or sink.bias is not None or self.keep_logits:
+            return False
+        if (
+            job.label_smoothing
+            or job.kind != "forward_kl"
+            or (self.sparse is not None and self.sparse.weights is None)
+        ):
+            return False
+        return job.chunk_bytes < _FEW_TOKENS * self.dtype.itemsize * self._kept_columns()
+
+    def _sums(self, buffers: Buffers, hidden: Tensor) -> RowSums:
+        job = self.job
+        teacher = ("p",) if self.teacher is not None else ()
+        ce, kd = job.labels is not None and job.alpha < 1, self.distil
+        at_one = job.temperature == 1 and job.shared == job.head.classes and not self._may_mask()
+        if ce and kd and at_one:
+            return RowSums(buffers, self.student, hidden, ("both", *teacher))
+        return RowSums(buffers, self.student, hidden, ("ce",) * ce + ("q",) * kd + teacher)
+
+    def _may_mask(self) -> bool:
+        return self.student.has_masked or (self.teacher is not None and self.teacher.has_masked)
 
     def _plain(self) -> bool:
         """Whether both softmaxes come from one exponential and a product, without one more tile."""
@@ -228,7 +217,8 @@ class _Group:
         """Add all chosen positions to totals and gradients."""
         job = self.job
         plan = self._plan(chosen.numel())
-        buffers = Buffers(plan, self.dtype, self.hidden.device, True, True)
+        keep = not self.streams
+        buffers = Buffers(plan, self.dtype, self.hidden.device, keep_student=keep, keep_teacher=keep)
         one = job.temperature == job.teacher_temperature == 1
         needs = Needs(
             cross_entropy=job.labels is not None,
@@ -269,6 +259,7 @@ class _Group:
             teacher_rows = self.teacher.prepare(job.teacher.hidden, rows)
         elif self.teacher is not None:
             teacher_rows = self.teacher.prepare(None, rows)
+        sums = first.sums = self._sums(second.buffers, hidden) if self.streams else None
         stats = first.run(hidden, teacher_rows)
 
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -281,7 +272,10 @@ class _Group:
         if self.sparse is not None:
             assert kd is not None
             kd = self._sparse(stats, hidden, rows, w, kd, ce, rest, second, parts)
-        if self.gradients.wanted or second.two_steps(kd is not None and self.teacher is not None):
+        if sums is not None and self.gradients.hidden is not None:
+            elements = self._through_softcap(hidden, parts)
+            self.gradients.hidden[rows] = sums.gradient(stats, Weights(ce, kd), elements)
+        elif self.gradients.wanted or second.two_steps(kd is not None and self.teacher is not None):
             weights = Weights(ce, kd, rest)
             entries = Entries(self._through_softcap(hidden, parts), second.buffers.plan.tiles)
             grad, value = second.run(hidden, stats, weights, entries, teacher=self.teacher is not None)

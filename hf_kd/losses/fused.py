@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunks import Job, run_job
+from .chunks import run_job
 from .evaluation import FusedEvaluation, fused_evaluation
+from .job import Job
 from .tiles import DenseTeacher, Head, HiddenTeacher, SparseTeacher, Teacher
 
 __all__ = [

@@ -9,6 +9,7 @@ in a form that keeps its digits, while the tile is still in cache.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -156,6 +157,14 @@ def _chain(log_a: Tensor, log_b: Tensor, within: Tensor) -> Tensor:
     return _weighted(log_a, within + log_a - log_b)
 
 
+class Sums(Protocol):
+    """What may look at each tile's exponentials while they are there."""
+
+    def add(self, name: str, tile: Tile, values: Tensor, reference: Tensor) -> None:
+        """Take in exponentials `[n, w]` of `ce`, `q` or `p`, relative to `reference [n]`."""
+        ...
+
+
 class FirstPass:
     """The pass itself, over the tiles of a plan."""
 
@@ -175,6 +184,7 @@ class FirstPass:
         self.needs = needs
         self.kd_power = kd_power
         self.ce_power = ce_power
+        self.sums: Sums | None = None
 
     def run(self, hidden: Tensor, teacher_rows: Tensor | None) -> Statistics:
         """Fill the buffers with a chunk's tiles and return its statistics."""
@@ -235,7 +245,11 @@ class FirstPass:
         torch.exp(x, out=e)
         tops = top.double()
         if self.needs.cross_entropy:
-            out.log_ce[k] = self.ce_power * tops + self._power_sum(e, self.ce_power, n, tile).log()
+            e_ce = e
+            if self.ce_power != 1:
+                e_ce = power(e, self.ce_power, buffers.scratch("product", n, tile))
+            out.log_ce[k] = self.ce_power * tops + e_ce.sum(-1).double().log()
+            self._stream("ce", tile, e_ce, self.ce_power * tops)
         if not tile.shared:
             return
         e_q = e
@@ -245,10 +259,12 @@ class FirstPass:
             e_q = e_q.masked_fill(dead, 0)
         sum_q = e_q.sum(-1).double()
         out.log_q[k] = self.kd_power * tops + sum_q.log()
+        self._stream("q", tile, e_q, self.kd_power * tops)
         if t is not None:
             torch.exp(t, out=e_t)
             sum_p = e_t.sum(-1).double()
             out.log_p[k] = out.teacher_top[k].double() + sum_p.log()
+            self._stream("p", tile, e_t, out.teacher_top[k].double())
             self._compare(out, k, tile, (x, e_q, sum_q), (t, e_t, sum_p), dead)
             if dead is not None and not keep:
                 e_t.masked_fill_(dead, -1)  # told from a probability that underflowed
@@ -263,10 +279,9 @@ class FirstPass:
             dead = torch.isneginf(t) if dead is None else dead | torch.isneginf(t)
         return dead if dead is not None and bool(dead.any()) else None
 
-    def _power_sum(self, e: Tensor, exponent: float, n: int, tile: Tile) -> Tensor:
-        if exponent == 1:
-            return e.sum(-1).double()
-        return power(e, exponent, self.buffers.scratch("product", n, tile)).sum(-1).double()
+    def _stream(self, name: str, tile: Tile, values: Tensor, reference: Tensor) -> None:
+        if self.sums is not None:
+            self.sums.add(name, tile, values, reference)
 
     def _compare(
         self,
