@@ -89,9 +89,8 @@ def align_labels(student: Any, teacher: Any) -> ClassMap:
         return ClassMap()
     if counts[0] != counts[1]:
         raise AlignmentError(
-            f"num_labels: the student has {counts[0]} labels, the teacher {counts[1]}. Give the student "
-            "the teacher's "
-            "labels: from_pretrained(..., num_labels=teacher.config.num_labels, "
+            f"num_labels: the student has {counts[0]} labels, the teacher {counts[1]}. Give the student the "
+            "teacher's labels: from_pretrained(..., num_labels=teacher.config.num_labels, "
             "id2label=teacher.config.id2label)."
         )
     ours, theirs = label_names(student), label_names(teacher)
@@ -101,18 +100,16 @@ def align_labels(student: Any, teacher: Any) -> ClassMap:
         named, names = ("teacher", theirs) if ours is None else ("student", ours)
         raise AlignmentError(
             f"id2label: only the {named} has label names ({_short(names)}), so the order of the other "
-            "model's classes "
-            "is not known. Set `id2label` of the model without names to the order that it was trained in "
-            "(for a new student: student.config.id2label = teacher.config.id2label)."
+            "model's classes is not known. Set `id2label` of the model without names to the order that it "
+            "was trained in (for a new student: student.config.id2label = teacher.config.id2label)."
         )
     keys = [[name.strip().casefold() for name in names] for names in (ours, theirs)]
     if keys[0] == keys[1]:
         return ClassMap()
     if sorted(keys[0]) != sorted(keys[1]) or len(set(keys[0])) != len(keys[0]):
         raise AlignmentError(
-            f"id2label: the student's labels are {_short(ours)}, the teacher's {_short(theirs)}. Rename "
-            "them in one "
-            "config so that the same class has the same name."
+            f"id2label: the student's labels are {_short(ours)}, the teacher's {_short(theirs)}. Rename them "
+            "in one config so that the same class has the same name."
         )
     order = tuple(keys[1].index(name) for name in keys[0])
     return ClassMap(
@@ -138,44 +135,40 @@ def align_vocabulary(
         AlignmentError: If the tokenizers differ (with the first token that does), or the sizes differ and the
             tokenizers are not known.
     """
-    student_tokens, teacher_tokens = _tokenizer(student_tokens), _tokenizer(teacher_tokens)
+    student_tokens, teacher_tokens = tokenizer_of(student_tokens), tokenizer_of(teacher_tokens)
     if student_tokens is not None and teacher_tokens is not None and student_tokens is not teacher_tokens:
         difference = first_difference(student_tokens, teacher_tokens)
         if difference is not None:
             raise AlignmentError(
-                f"tokenizer: student and teacher use different tokenizers ({difference}). Token-level "
-                "losses need the "
-                "same one: build the student on the teacher's tokenizer, or distil through labels that the "
-                "teacher "
-                "generates (alpha=0 on its outputs)."
+                f"tokenizer: student and teacher use different tokenizers ({difference}). Token-level losses "
+                "need the same one: build the student on the teacher's tokenizer, or distil through labels "
+                "that the teacher generates (alpha=0 on its outputs)."
             )
     if student_size == teacher_size:
         return ClassMap()
     if student_tokens is None or teacher_tokens is None:
         raise AlignmentError(
             f"vocab_size: the student predicts {student_size} tokens, the teacher {teacher_size}, and "
-            "without both "
-            "tokenizers nobody knows whether that is padding. Pass `processing_class` (and "
+            "without both tokenizers nobody knows whether that is padding. Pass `processing_class` (and "
             "`teacher_processing_class` if it is not found beside the teacher)."
         )
     shared = min(student_size, teacher_size)
     if len(student_tokens) > shared:
         raise AlignmentError(
             f"vocab_size: the tokenizer has {len(student_tokens)} tokens but one model predicts only "
-            f"{shared}. Resize "
-            "its embeddings: model.resize_token_embeddings(len(tokenizer))."
+            f"{shared}. Resize its embeddings: model.resize_token_embeddings(len(tokenizer))."
         )
     return ClassMap(
         shared=shared,
         notes=(
             f"vocab_size: the student predicts {student_size} tokens, the teacher {teacher_size}; both are "
-            "compared on "
-            f"the shared {shared} and renormalised there (evaluation logs the teacher mass dropped).",
+            f"compared on the shared {shared} and renormalised there (evaluation logs the teacher mass "
+            "dropped).",
         ),
     )
 
 
-def _tokenizer(processor: Any) -> Any:
+def tokenizer_of(processor: Any) -> Any:
     """The tokenizer itself, or the one in a processor; None where there is none (a feature extractor)."""
     tokens = getattr(processor, "tokenizer", processor)
     return tokens if hasattr(tokens, "get_vocab") else None
@@ -183,6 +176,9 @@ def _tokenizer(processor: Any) -> Any:
 
 def first_difference(student_tokens: Any, teacher_tokens: Any) -> str | None:
     """The first token id whose token differs between two tokenizers, in words; None if there is none."""
+    student_tokens, teacher_tokens = tokenizer_of(student_tokens), tokenizer_of(teacher_tokens)
+    if student_tokens is None or teacher_tokens is None:
+        return None
     ours, theirs = ({i: t for t, i in tok.get_vocab().items()} for tok in (student_tokens, teacher_tokens))
     for index in sorted(ours.keys() | theirs.keys()):
         if ours.get(index) != theirs.get(index):

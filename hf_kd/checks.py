@@ -13,8 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .alignment import PLACE_TASKS, VOCABULARY_TASKS, ClassMap, align_labels, align_vocabulary
+from .alignment import (
+    PLACE_TASKS,
+    VOCABULARY_TASKS,
+    AlignmentError,
+    ClassMap,
+    align_labels,
+    align_vocabulary,
+    first_difference,
+    tokenizer_of,
+)
 from .objective import counts_of
+from .processors import PixelMap, align_processors
 from .rows import ROW
 from .tasks import Batch, SequenceClassification, Supervision
 from .teachers.models import TEACHER_PREFIX, ModelTeacher, forward_parameters
@@ -109,14 +119,36 @@ def align(trainer: DistillationTrainer) -> ClassMap:
     student_config, teacher_config = (getattr(m, "config", None) for m in (trainer.student, teacher.model))
     if student_config is None or teacher_config is None:
         return ClassMap()
-    if trainer.task.name in VOCABULARY_TASKS:
-        return align_vocabulary(
-            _vocab_size(trainer.student),
-            _vocab_size(teacher.model),
-            trainer.processing_class,
-            trainer.teacher_processing_class or _tokenizer_beside(teacher.model),
+    if trainer.task.name not in VOCABULARY_TASKS:
+        return align_labels(student_config, teacher_config)
+    sizes = _vocab_size(trainer.student), _vocab_size(teacher.model)
+    return align_vocabulary(*sizes, trainer.processing_class, _teacher_processor(trainer, teacher))
+
+
+def align_inputs(trainer: DistillationTrainer) -> PixelMap | None:
+    """What the teacher does to the student's pixels before it reads them; None: nothing.
+
+    Raises:
+        AlignmentError: If the two models' inputs differ in a way that can't be undone, and the data has no
+            `teacher_` columns.
+    """
+    teacher = trainer.teacher
+    if not isinstance(teacher, ModelTeacher) or any(c.startswith(TEACHER_PREFIX) for c in _columns(trainer)):
+        return None
+    processors = trainer.processing_class, _teacher_processor(trainer, teacher)
+    tokenizers = [tokenizer_of(processor) for processor in processors]
+    difference = None if None in tokenizers else first_difference(*tokenizers)
+    if difference is not None and trainer.task.name not in VOCABULARY_TASKS:
+        raise AlignmentError(
+            f"processing_class: student and teacher use different tokenizers ({difference}). Give the "
+            f"teacher its own columns, made by its tokenizer: {TEACHER_PREFIX}input_ids, "
+            f"{TEACHER_PREFIX}attention_mask."
         )
-    return align_labels(student_config, teacher_config)
+    return align_processors(*processors)
+
+
+def _teacher_processor(trainer: DistillationTrainer, teacher: ModelTeacher) -> Any:
+    return trainer.teacher_processing_class or _processor_beside(teacher.model)
 
 
 def _vocab_size(model: nn.Module) -> int:
@@ -128,17 +160,29 @@ def _vocab_size(model: nn.Module) -> int:
     return int(model.config.get_text_config(decoder=True).vocab_size)  # type: ignore[union-attr,operator]
 
 
-def _tokenizer_beside(model: nn.Module) -> Any:
-    """The tokenizer in the folder or cache that a model was loaded from, or None. Never asks the network."""
-    from transformers import AutoTokenizer
+def _processor_beside(model: nn.Module) -> Any:
+    """The processor in the folder or cache that a model was loaded from, or None. Never asks the network."""
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
     name = getattr(model, "name_or_path", "")
-    if not name:
+    autos: dict[str, Any] = {
+        "input_ids": AutoTokenizer,
+        "pixel_values": AutoImageProcessor,
+        "input_values": AutoFeatureExtractor,
+        "input_features": AutoFeatureExtractor,
+    }
+    auto = autos.get(getattr(model, "main_input_name", "input_ids"))
+    if not name or auto is None:
         return None
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError, KeyError):
+        return auto.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError):
         return None
+
+
+def _columns(trainer: DistillationTrainer) -> list[str]:
+    dataset = trainer.train_dataset if trainer.train_dataset is not None else _first_eval(trainer)
+    return list(getattr(dataset, "column_names", None) or [])
 
 
 def inspect(trainer: DistillationTrainer, *, training: bool = True) -> Report:
@@ -195,18 +239,16 @@ def _check_options(trainer: DistillationTrainer, report: Report) -> None:
         ):
             report.add(
                 "kl_threshold",
-                f"kl_threshold={args.kl_threshold} is compared at evaluations, but eval_strategy="
-                f"{getattr(args.eval_strategy, 'value', args.eval_strategy)!r} and eval_dataset is "
-                f"{'missing' if trainer.eval_dataset is None else 'given'}; set eval_strategy='steps' or "
-                "'epoch' "
-                "and give an eval_dataset.",
+                f"kl_threshold={args.kl_threshold} is compared at evaluations, but "
+                f"eval_strategy={getattr(args.eval_strategy, 'value', args.eval_strategy)!r} and "
+                f"eval_dataset is {'missing' if trainer.eval_dataset is None else 'given'}; set "
+                "eval_strategy='steps' or 'epoch' and give an eval_dataset.",
             )
     if args.label_smoothing_factor and trainer.compute_loss_func is not None:
         report.add(
             "label_smoothing_factor",
             f"label_smoothing_factor={args.label_smoothing_factor} and compute_loss_func both define the "
-            "task loss; "
-            "keep one.",
+            "task loss; keep one.",
         )
     if args.label_smoothing_factor and trainer.task.kind == "regression":
         report.add(
@@ -215,9 +257,9 @@ def _check_options(trainer: DistillationTrainer, report: Report) -> None:
     spread = args.gradient_accumulation_steps * trainer.accelerator.num_processes
     if trainer.task.batch_coupled and spread > 1:
         report.warnings.append(
-            f"Task {trainer.task.name!r} compares the rows of a micro-batch with each other, so its loss depends on "
-            f"per_device_train_batch_size={args.per_device_train_batch_size}: {spread} micro-batches per step are not "
-            "one batch of that many rows."
+            f"Task {trainer.task.name!r} compares the rows of a micro-batch with each other, so its loss "
+            f"depends on per_device_train_batch_size={args.per_device_train_batch_size}: {spread} "
+            "micro-batches per step are not one batch of that many rows."
         )
     if getattr(getattr(trainer.student, "config", None), "output_router_logits", False):
         report.warnings.append(
@@ -279,8 +321,7 @@ def _check_batch(trainer: DistillationTrainer, batch: dict[str, Any], report: Re
         report.add(
             "train_dataset",
             f"The batch has the columns {columns}, but the student reads "
-            f"{list(forward_parameters(trainer.student))}; "
-            "rename the columns.",
+            f"{list(forward_parameters(trainer.student))}; rename the columns.",
         )
         return
     try:
@@ -294,8 +335,7 @@ def _check_batch(trainer: DistillationTrainer, batch: dict[str, Any], report: Re
             "alpha",
             f"alpha={args.alpha} gives the task loss a weight of {1 - args.alpha:g}, but the data has no "
             f"{' / '.join(repr(name) for name in task.labels)} column (it has {columns}). Set alpha=1 to "
-            "distil without "
-            "labels, or add the column.",
+            "distil without labels, or add the column.",
         )
     counts = counts_of([supervision]).tolist()
     report.facts.append(
@@ -309,8 +349,7 @@ def _check_batch(trainer: DistillationTrainer, batch: dict[str, Any], report: Re
         report.add(
             task.labels[0] if task.labels else "labels",
             f"All labels of the first batch are {task.ignore_index} (no label): nothing would be learnt. "
-            "Check the "
-            "preprocessing, or set alpha=1 and supervise='all' to distil without labels.",
+            "Check the preprocessing, or set alpha=1 and supervise='all' to distil without labels.",
         )
         return
     _check_models_on(trainer, batch, supervision, report)
@@ -337,10 +376,9 @@ def _check_models_on(
     if student.shape[0] != len(supervision.kd_weight):
         report.add(
             "task",
-            f"Task {task.name!r} expects {len(supervision.kd_weight)} positions in the first batch, but "
-            "the student "
-            f"gives logits for {student.shape[0]} (logits {tuple(student.shape)}); choose the task that "
-            "fits.",
+            f"Task {task.name!r} expects {len(supervision.kd_weight)} positions in the first batch, but the "
+            f"student gives logits for {student.shape[0]} (logits {tuple(student.shape)}); choose the task "
+            "that fits.",
         )
         return
     labels_fit = _check_labels(trainer, supervision, student.shape[-1], report)
@@ -387,8 +425,7 @@ def _check_labels(
         report.add(
             "problem_type",
             f"labels are {counted.dtype}, but the head gives classes; use integer labels, or set "
-            "problem_type to "
-            "'multi_label_classification' or 'regression' in the student's config.",
+            "problem_type to 'multi_label_classification' or 'regression' in the student's config.",
         )
         return False
     out = counted[(counted < 0) | (counted >= classes)]
@@ -423,8 +460,7 @@ def _check_teacher_knows(
     if loss >= 0.98 * chance:
         report.warnings.append(
             f"The teacher's own loss on the first batch is {loss:.3g}, no better than a uniform guess "
-            f"({chance:.3g}): "
-            "was its head trained on this task, with the labels in this order?"
+            f"({chance:.3g}): was its head trained on this task, with the labels in this order?"
         )
 
 

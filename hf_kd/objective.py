@@ -281,9 +281,8 @@ def resolve_objective(
         if chosen is None or divergence_options:
             raise ValueError(
                 f"divergence={divergence!r} with divergence_options={divergence_options} does not compare "
-                "vectors; for "
-                f"task {task.name!r} choose one of {sorted(VECTOR_LOSSES)}, or task='embedding-similarity' "
-                "for a KL."
+                f"vectors; for task {task.name!r} choose one of {sorted(VECTOR_LOSSES)}, or "
+                "task='embedding-similarity' for a KL."
             )
     else:
         chosen = resolve_divergence(

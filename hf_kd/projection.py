@@ -71,7 +71,6 @@ def load(projection: Projection, folder: Path) -> None:
     if not path.exists():
         raise ValueError(
             f"resume_from_checkpoint={str(folder)!r} has no {FILE}: it was made without a projection, but "
-            "the two "
-            "models' widths differ in this run. Start again in another output_dir."
+            "the two models' widths differ in this run. Start again in another output_dir."
         )
     projection.load_state_dict(load_file(path))

@@ -83,9 +83,8 @@ def check_teacher(path: Path, identity: Mapping[str, str]) -> None:
     if recorded.get("fingerprint") == identity.get("fingerprint"):
         return
     raise ValueError(
-        f"resume_from_checkpoint={str(path.parent)!r} was made with the teacher {_named(recorded)}, this "
-        "run has "
-        f"{_named(identity)}. Resume with the first, or start again in another output_dir."
+        f"resume_from_checkpoint={str(path.parent)!r} was made with the teacher {_named(recorded)}, this run "
+        f"has {_named(identity)}. Resume with the first, or start again in another output_dir."
     )
 
 

@@ -50,10 +50,8 @@ class TermLog:
                     where = "unknown (the data has no row numbers)" if rows is None else rows.tolist()
                     raise FloatingPointError(
                         f"The {name} loss is {value.item()} at step {step}, rows {where}. No weight was "
-                        "changed by "
-                        "this step and the last checkpoint is intact. Look at those rows; else lower "
-                        "learning_rate, "
-                        "or raise temperature."
+                        "changed by this step and the last checkpoint is intact. Look at those rows; else "
+                        "lower learning_rate, or raise temperature."
                     )
         raise FloatingPointError(
             f"Another rank's loss is not finite at step {step}; its message names the rows."

@@ -35,7 +35,7 @@ from .records import TEACHER_FILE, check_teacher, write_options, write_teacher
 from .rows import ROW, RowCollator, RowDataset
 from .schedules import schedule
 from .tasks import Batch, Supervision, Task, resolve_task
-from .teachers import Teacher, resolve_teacher
+from .teachers import ModelTeacher, Teacher, resolve_teacher
 from .teachers.models import TEACHER_PREFIX, forward_parameters
 from .teachers.signal import named_logits
 from .terms import TermLog
@@ -105,9 +105,8 @@ class DistillationTrainer(Trainer):
             args = DistillationArguments(output_dir="distilled")
         if not isinstance(args, DistillationArguments):
             raise ValueError(
-                f"args is a {type(args).__name__}; pass DistillationArguments, which has all its fields "
-                "and the "
-                "distillation options."
+                f"args is a {type(args).__name__}; pass DistillationArguments, which has all its fields and "
+                "the distillation options."
             )
         if isinstance(model, str):
             model = load_model(
@@ -125,6 +124,8 @@ class DistillationTrainer(Trainer):
         classes = ClassMap()
         try:
             classes = checks.align(self)
+            if isinstance(self.teacher, ModelTeacher):
+                self.teacher.pixels = checks.align_inputs(self)
         except AlignmentError as error:
             # Reported with every other problem when training or evaluation starts.
             self.alignment_problem = error
@@ -319,9 +320,8 @@ class DistillationTrainer(Trainer):
         if len(teacher) != len(student):
             raise ValueError(
                 f"The student has {len(student)} positions in this batch, the teacher {len(teacher)}: the "
-                "two models "
-                "divide the input differently (patch size, stride or tokenizer), so their logits don't "
-                "correspond."
+                "two models divide the input differently (patch size, stride or tokenizer), so their logits "
+                "don't correspond."
             )
         return outputs, student, teacher
 
@@ -347,7 +347,7 @@ class DistillationTrainer(Trainer):
     # ---- what the log says ----
 
     def raise_unless_finite(self) -> None:
-        """Raise on every rank if a term of the step in hand is not finite; called before the optimizer step."""
+        """Raise on every rank if a term of the step in hand is not finite; before the optimizer step."""
         self.terms.end_step(self.accelerator, step=self.state.global_step + 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -129,6 +129,16 @@ def test_tokenizer_is_found_beside_the_teacher(tmp_path: Path) -> None:
     assert "different tokenizers" in text
 
 
+def test_another_tokenizer_for_whole_rows(tmp_path: Path) -> None:
+    """Trap 31: row heads may use two tokenizers, but only with columns that the teacher's own one made."""
+    ours, theirs = tokenizer(["<u>", *"abcdefghi"]), tokenizer(["<u>", *"abxdefghi"])
+    both = {"processing_class": ours, "teacher_processing_class": theirs}
+    assert "teacher_input_ids" in problems(trainer(tmp_path, **both))
+    rows = text_rows()
+    rows = rows.add_column("teacher_input_ids", rows["input_ids"][::-1])
+    assert checks.inspect(trainer(tmp_path, **both, train_dataset=rows)).problems == []
+
+
 def test_padded_vocabularies(tmp_path: Path) -> None:
     """Trap 30: the same tokens with more padding are cut, renormalised, the mass logged."""
     same = tokenizer(["<u>", *"abcdefghi"])

@@ -192,8 +192,7 @@ def _found_task(base: Any, config: Any) -> str:
     if name == "image-text" and getattr(config, "model_type", "") in _PAIRWISE:
         raise ValueError(
             f"{type(base).__name__} scores pairs by independent sigmoids, not by a softmax over the batch; "
-            "describe its "
-            "head with a Task of your own, or distil its encoders with task='embedding'."
+            "describe its head with a Task of your own, or distil its encoders with task='embedding'."
         )
     # The tables mix decoders that read audio or images with encoder-decoders.
     if name in ("seq2seq-lm", "speech-seq2seq") and not getattr(config, "is_encoder_decoder", True):

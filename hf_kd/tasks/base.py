@@ -133,8 +133,7 @@ class Task:
                 if exists.shape != labelled.shape:
                     raise ValueError(
                         f"Task {self.name!r}: labels have shape {tuple(labelled.shape)} but the mask of "
-                        "positions has "
-                        f"{tuple(exists.shape)}; give both one entry per position."
+                        f"positions has {tuple(exists.shape)}; give both one entry per position."
                     )
                 kd = exists.float()
         rows = kd.shape[0]

@@ -59,9 +59,8 @@ class CTC(Task):
         values = batch.get("input_values", batch.get("input_features"))
         if values is None or self.frames is None:
             raise ValueError(
-                f"Task 'ctc' needs `input_values` or `input_features` and a model with "
-                "_get_feat_extract_output_lengths; "
-                f"the batch has {sorted(batch)}."
+                "Task 'ctc' needs `input_values` or `input_features` and a model with "
+                f"_get_feat_extract_output_lengths; the batch has {sorted(batch)}."
             )
         total = int(self.frames(values.shape[1]))
         lengths = torch.full((len(values),), total, device=values.device)
@@ -224,9 +223,9 @@ class EmbeddingSimilarity(Embedding):
         vectors = F.normalize(full_precision(super().flat(logits, batch)), dim=-1)
         if len(vectors) < 3:
             raise ValueError(
-                f"Task 'embedding-similarity' compares each row with the others, but this batch has "
-                f"{len(vectors)} "
-                "rows; set per_device_train_batch_size to 3 or more, and dataloader_drop_last=True."
+                "Task 'embedding-similarity' compares each row with the others, but this batch has "
+                f"{len(vectors)} rows; set per_device_train_batch_size to 3 or more, and "
+                "dataloader_drop_last=True."
             )
         similarity = vectors @ vectors.T / 0.05
         return similarity.masked_fill(

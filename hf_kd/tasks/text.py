@@ -105,8 +105,7 @@ class Seq2SeqLM(Task):
         if ids is None:
             raise ValueError(
                 "Task 'seq2seq-lm' on data without `labels` needs `decoder_input_ids`: the tokens after "
-                "which both "
-                "models predict. Add that column, or labels."
+                "which both models predict. Add that column, or labels."
             )
         return torch.ones_like(ids, dtype=torch.bool)
 
@@ -176,8 +175,7 @@ def decoder_inputs(labels: Tensor, model: Any) -> Tensor:
     if start is None or pad is None:
         raise ValueError(
             f"The student's config has decoder_start_token_id={start} and pad_token_id={pad}; set both, or "
-            "give a "
-            "`decoder_input_ids` column."
+            "give a `decoder_input_ids` column."
         )
     shifted = F.pad(labels[:, :-1], (1, 0), value=start)
     return shifted.masked_fill(shifted == IGNORE, pad)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -83,6 +83,8 @@ class ModelTeacher:
         placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
         if device is not None and not placed:
             model.to(device)
+        #: Applied to the student's `pixel_values` where the two models normalise differently.
+        self.pixels: Callable[[Tensor], Tensor] | None = None
         self._parameters = forward_parameters(model)
         self._identity: dict[str, str] | None = None
 
@@ -109,6 +111,12 @@ class ModelTeacher:
             for name in self._parameters
             if name in batch or TEACHER_PREFIX + name in batch
         }
+        if (
+            self.pixels is not None
+            and "pixel_values" in batch
+            and TEACHER_PREFIX + "pixel_values" not in batch
+        ):
+            own["pixel_values"] = self.pixels(batch["pixel_values"])
         if "use_cache" in self._parameters:
             # A key-value cache would be built for every batch and thrown away.
             own["use_cache"] = False

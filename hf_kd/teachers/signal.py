@@ -67,8 +67,7 @@ def named_logits(outputs: Any, names: tuple[str, ...]) -> dict[str, Tensor]:
         if missing:
             raise ValueError(
                 f"The model returned {sorted(outputs)} but the task reads {list(names)}. Choose the task "
-                "that "
-                "fits the model's head (`task=`), or give a custom Task whose `logits` names the right "
+                "that fits the model's head (`task=`), or give a custom Task whose `logits` names the right "
                 "outputs."
             )
         return {name: outputs[name] for name in names}
