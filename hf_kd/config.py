@@ -113,6 +113,8 @@ class _Parser(HfArgumentParser):
         for action in self._actions:
             # The `--no_x` complement of a switch shares its destination; the first one has the converter.
             self.names.setdefault(action.dest, action)
+            if hints[action.dest] == bool | None:
+                action.nargs, action.const = "?", True  # a switch, like every other
         for name, hint in hints.items():
             members = typing.get_args(hint) if typing.get_origin(hint) not in (list, dict) else (hint,)
             self.hints[name] = tuple(typing.get_origin(member) or member for member in members) or (hint,)
@@ -151,7 +153,7 @@ def parse(argv: Sequence[str]) -> tuple[RunOptions, DistillationArguments]:
     parser = _Parser()
     config, flags = _take_config(argv)
     given = {_flag_name(token) for token in flags if token.startswith("--")}
-    if config is None and not given & {"teacher", "teacher_config", "dataset"}:
+    if config is None and not given & {"teacher", "dataset"}:
         config = recipes.DEFAULT
     if config is not None:
         values = _read_yaml(parser, config)

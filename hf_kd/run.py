@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.text import Text
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_kd import checks, measure, report
@@ -204,16 +204,17 @@ def compare(setting: Setting, models: dict[str, PreTrainedModel], *, minutes: fl
 
 def _evaluate(setting: Setting, name: str, model: PreTrainedModel) -> dict[str, float]:
     """Metrics of one model, and how far it is from the teacher."""
-    args = dataclasses.replace(
-        setting.args, alpha=1.0, alpha_end=None, alpha_schedule="constant", kl_threshold=None, disable_tqdm=True,
-        output_dir=str(Path(setting.args.output_dir) / "evaluation"),
-    )  # fmt: skip
+    changes: dict[str, Any] = {"alpha": 1.0, "alpha_end": None, "alpha_schedule": "constant"}
+    changes |= {"kl_threshold": None, "output_dir": str(Path(setting.args.output_dir) / "evaluation")}
+    args = dataclasses.replace(setting.args, disable_tqdm=True, **changes)
+    if name == "teacher" and setting.run.unlabelled:
+        return {"eval_kl": 0.0, "eval_agreement": 1.0}
     if name == "teacher":
         data, processor = setting.teacher_data, setting.teacher_processor
         trainer = alone(model, args, data, processor, setting.run)
-        scores = {**trainer.evaluate(_test_rows(data)), "eval_kl": 0.0, "eval_agreement": 1.0}
+        known = {"eval_kl": 0.0, "eval_agreement": 1.0}
     else:
-        data = setting.data
+        data, known = setting.data, {}
         trainer = DistillationTrainer(
             model,
             args,
@@ -222,7 +223,8 @@ def _evaluate(setting: Setting, name: str, model: PreTrainedModel) -> dict[str, 
             teacher_processing_class=setting.teacher_processor,
             **wiring(data, setting.processor),
         )
-        scores = trainer.evaluate(_test_rows(data))
+    trainer.remove_callback(PrinterCallback)  # the table says it
+    scores = {**trainer.evaluate(_test_rows(data)), **known}
     if data.primary_metric == "perplexity" and "eval_loss" in scores:
         scores["eval_perplexity"] = perplexity(scores["eval_loss"])
     return scores

@@ -18,7 +18,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from . import checks, projection
 from .alignment import AlignmentError, ClassMap
 from .callbacks import FiniteLossCallback, KLThresholdCallback
+from .checkpoints import restore_renamed
 from .config import DistillationArguments
+from .fusing import Fusion, find_fusion, is_language_model
 from .generation import generate, pad_to
 from .loading import load_model
 from .objective import (
@@ -141,6 +143,7 @@ class DistillationTrainer(Trainer):
         self._student_parameters = forward_parameters(self.student)
         self.projection = self._make_projection()
         self._generation: dict[str, Any] = {}
+        self._fusion: Fusion | str | None = None
         self._checked = False
         self.terms = TermLog()
         self._eval_sums: Tensor | None = None
@@ -206,8 +209,17 @@ class DistillationTrainer(Trainer):
         if self.distils and self.teacher is not None:
             check_teacher(Path(resume_from_checkpoint) / TEACHER_FILE, self.teacher.identity)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._restore_renamed(resume_from_checkpoint)
         if self.projection is not None:
             projection.load(self.projection, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._restore_renamed(self.state.best_model_checkpoint)
+
+    def _restore_renamed(self, folder: str | None) -> None:
+        if folder is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            restore_renamed(self.student, folder)
 
     # ---- data: the union of what both models read, and each row's number ----
 
@@ -291,26 +303,34 @@ class DistillationTrainer(Trainer):
         counts = num_items_in_batch
         if not isinstance(counts, Counts):
             counts = self._global_counts([plan.supervision])
-        mix = self.mix()
-        outputs, student, teacher = self._forward(model, batch, distil=mix.alpha > 0)
-        terms = self.objective(
-            student,
-            teacher,
-            plan.supervision,
-            selection=plan.selection,
-            counts=counts,
-            mix=mix,
-            ranks=self.accelerator.num_processes,
-            task=self._custom_task_loss(outputs, batch, counts),
-            outputs=outputs,
-        )
+        mix, ranks = self.mix(), self.accelerator.num_processes
+        outputs = None
+        fusion = None if return_outputs else self._fusion_for(batch)
+        if fusion is not None:
+            hidden, answer = self._fused_forward(fusion, model, batch, distil=mix.alpha > 0)
+            terms = fusion.terms(
+                self.objective, hidden, answer, plan.supervision, counts=counts, mix=mix, ranks=ranks
+            )
+        else:
+            outputs, student, teacher = self._forward(model, batch, distil=mix.alpha > 0)
+            terms = self.objective(
+                student,
+                teacher,
+                plan.supervision,
+                selection=plan.selection,
+                counts=counts,
+                mix=mix,
+                ranks=ranks,
+                task=self._custom_task_loss(outputs, batch, counts),
+                outputs=outputs,
+            )
         if self.is_in_train and model.training:
             self.terms.record(terms, rows)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
     def _forward(self, model: nn.Module, batch: Batch, *, distil: bool) -> tuple[Any, Tensor, Tensor | None]:
         """Run both models on their own columns; logits as `[P, C]`."""
-        inputs = self.task.model_inputs(batch, self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        inputs = self.task.model_inputs(batch, self.student)
         outputs = model(**self.student_inputs(inputs))
         student = self.positions(outputs, batch)
         if not distil or self.teacher is None:
@@ -324,6 +344,44 @@ class DistillationTrainer(Trainer):
                 "don't correspond."
             )
         return outputs, student, teacher
+
+    def _fusion_for(self, batch: Batch) -> Fusion | None:
+        """How to do without logits, found at the first batch; None: the dense path."""
+        if self._fusion is None:
+            inputs = self.task.model_inputs(batch, self.student)
+            self._fusion = find_fusion(
+                self.args.fused,
+                task=self.task,
+                objective=self.objective,
+                student=self.student,
+                inputs=self.student_inputs(inputs),
+                teacher=self.teacher if self.distils else None,
+                batch=inputs,
+                chunk_bytes=self.args.fused_chunk_mib << 20,
+                obstacle=self._fusion_obstacle(),
+            )
+            if isinstance(self._fusion, str) and self.args.fused == "auto" and is_language_model(self.task):
+                logger.warning("The loss is computed from full logits: %s", self._fusion)
+        return self._fusion if isinstance(self._fusion, Fusion) else None
+
+    def _fusion_obstacle(self) -> str | None:
+        if self.compute_loss_func is not None:
+            return "compute_loss_func reads logits."
+        if self.args.torch_compile:
+            return "torch_compile compiles the head too (compile the body instead: model.model.compile())."
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "the output layer is sharded."
+        return "DataParallel copies the output layer." if self.args.n_gpu > 1 else None
+
+    def _fused_forward(
+        self, fusion: Fusion, model: nn.Module, batch: Batch, *, distil: bool
+    ) -> tuple[Tensor, Any]:
+        """Run both models up to their heads."""
+        inputs = self.task.model_inputs(batch, self.student)
+        hidden = fusion.run_student(lambda: model(**self.student_inputs(inputs)))
+        if not distil or self.teacher is None:
+            return hidden, None
+        return hidden, fusion.ask(self.teacher, inputs)
 
     def positions(self, outputs: Any, batch: Batch) -> Tensor:
         """The student's outputs as `[P, C]`, in the teacher's width where a projection is trained."""
@@ -382,9 +440,15 @@ class DistillationTrainer(Trainer):
         batch = dict(self._prepare_inputs(inputs))
         batch.pop(ROW, None)
         supervision = self.task.supervise_batch(batch)
+        fusion = self._fusion_for(batch) if prediction_loss_only else None
+        outputs = None
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs, student, teacher = self._forward(model, batch, distil=self.distils)
-            sums = self.objective.evaluate(student, teacher, supervision, outputs)
+            if fusion is not None:
+                hidden, answer = self._fused_forward(fusion, model, batch, distil=self.distils)
+                sums = fusion.sums(self.objective, hidden, answer, supervision)
+            else:
+                outputs, student, teacher = self._forward(model, batch, distil=self.distils)
+                sums = self.objective.evaluate(student, teacher, supervision, outputs)
         # Gathering rows, not means, drops the rows that ranks repeat to fill their last batch.
         total = self.accelerator.gather_for_metrics(sums).sum(0)
         self._eval_sums = total if self._eval_sums is None else self._eval_sums + total

@@ -1,0 +1,236 @@
+"""Runs of the command line in this process: what is trained, compared, saved and used again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, ViTForImageClassification
+
+from hf_kd import run as runs
+from hf_kd import setting as settings
+from hf_kd.config import parse
+from hf_kd.data.processors import train_tokenizer
+from hf_kd.results import Results
+from hf_kd.trainer import DistillationTrainer
+
+VIT = {
+    "model_type": "vit", "image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
+}  # fmt: skip
+
+
+def digits(out, *more: str):
+    """Options of a run on digits that takes a second or two."""
+    sizes = [
+        "--teacher_config",
+        json.dumps(VIT),
+        "--student_config",
+        '{"hidden_size": 8, "intermediate_size": 8}',
+    ]
+    length = (
+        "--max_train_samples 48 --max_eval_samples 16 --teacher_epochs 1 --max_steps 3 --eval_strategy no"
+    )
+    rest = "--per_device_train_batch_size 8 --disable_tqdm --use_cpu --alpha 0.7 --output_dir"
+    return parse([*sizes, *length.split(), *rest.split(), str(out), *more])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run on digits: its folder, its results, and the weights that each training started from."""
+    out = tmp_path_factory.mktemp("digits")
+    started: list[tuple[float, int, dict[str, torch.Tensor]]] = []
+    train = DistillationTrainer.train
+
+    def spy(self, *args, **kwargs):
+        state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        started.append((self.args.alpha, self.args.seed, state))
+        return train(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DistillationTrainer, "train", spy)
+        results = runs.distill(*digits(out))
+    return out, results, started
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A teacher and a student for two classes of text, with a tokenizer, and data in a csv file."""
+    folder = tmp_path_factory.mktemp("texts")
+    rows = [
+        (f"{'good' if i % 2 else 'bad'} film number {i}", ("negative", "positive")[i % 2]) for i in range(40)
+    ]
+    csv = "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows)
+    (folder / "train.csv").write_text(csv, encoding="utf-8")
+    tokenizer = train_tokenizer([text for text, _ in rows], 300, task="sequence-classification")
+    names = {
+        "teacher": ("negative", "positive"),
+        "student": ("positive", "negative"),
+        "headless": ("LABEL_0",) * 0,
+    }
+    for name, labels in names.items():
+        config = BertConfig(
+            vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=16, max_position_embeddings=32, pad_token_id=tokenizer.pad_token_id,
+            **settings._head([*labels], None) if labels else {},
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(config)
+        (model if labels else model.bert).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def text_run(folder, out, *more: str, student: str = "student"):
+    models = ["--teacher", str(folder / "teacher"), "--student", str(folder / student)]
+    rest = "--max_steps 2 --per_device_train_batch_size 8 --disable_tqdm --use_cpu --output_dir"
+    return parse([*models, "--dataset", str(folder / "train.csv"), *rest.split(), str(out), *more])
+
+
+def test_three_arms_are_measured_alike(finished):
+    _, results, _ = finished
+    assert list(results.arms) == ["teacher", "student", "control"]
+    assert results.primary_metric == "accuracy"
+    assert results.examples == 16
+    teacher, student, control = results.arms.values()
+    assert (teacher.eval_kl, teacher.eval_agreement) == (0.0, 1.0)
+    for arm in (student, control):
+        assert arm.eval_kl > 0 and 0 <= arm.eval_agreement <= 1
+    assert student.parameters == control.parameters < teacher.parameters
+    assert len({(t.batch_size, str(t.inputs)) for arm in results.arms.values() for t in arm.latency}) == 1
+
+
+def test_the_control_differs_by_the_teacher_alone(finished):
+    """Trap 51: the same initial weights, seed and steps, alpha = 0."""
+    _, _, started = finished
+    (_, _, teacher), (alpha, seed, student), (none, control_seed, control) = started
+    assert (alpha, none) == (0.7, 0.0) and seed == control_seed
+    assert student.keys() == control.keys()
+    assert all(torch.equal(student[name], control[name]) for name in student)
+
+
+def test_results_and_options_are_saved_beside_a_plain_student(finished):
+    out, results, _ = finished
+    assert Results.read(out / "results.json").arms == results.arms
+    model = ViTForImageClassification.from_pretrained(out)
+    assert sum(p.numel() for p in model.parameters()) == results.arms["student"].parameters
+    assert not any("teacher" in str(value) for value in model.config.to_dict().values())
+    assert (out / "preprocessor_config.json").is_file()
+    run, args = parse(["--config", str(out / "distillation.yaml")])
+    assert run.dataset == "builtin:digits" and args.alpha == 0.7
+
+
+def test_a_trained_teacher_is_used_again_until_an_option_of_its_own_changes(finished, monkeypatch):
+    out, _, _ = finished
+    trained = []
+    original = DistillationTrainer.train
+
+    def spy(self, *args, **kwargs):
+        trained.append(self.args.output_dir)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "train", spy)
+    same = settings.load(*digits(out, "--temperature", "3", "--learning_rate", "0.1", "--no_control"))
+    assert trained == []
+    weights = torch.cat([p.flatten() for p in same.teacher.parameters()])
+    other = settings.load(*digits(out, "--teacher_learning_rate", "0.01"), train=False)
+    assert trained == []
+    assert not torch.equal(weights, torch.cat([p.flatten() for p in other.teacher.parameters()]))
+
+
+def test_the_teachers_training_has_its_own_options(tmp_path):
+    run, args = digits(
+        tmp_path, "--teacher_learning_rate", "0.5", "--teacher_batch_size", "4", "--kl_threshold", "1"
+    )
+    own = settings.teacher_arguments(run, args)
+    assert (own.learning_rate, own.per_device_train_batch_size, own.num_train_epochs) == (0.5, 4, 1.0)
+    assert (own.max_steps, own.alpha, own.kl_threshold) == (-1, 0.0, None)
+    run = dataclasses.replace(run, teacher_epochs=None)
+    assert settings.teacher_arguments(run, args).max_steps == args.max_steps
+
+
+def test_a_student_of_its_own_keeps_its_label_order(texts, tmp_path):
+    """Trap 32: teacher and student name the same labels in another order; each is scored in its own."""
+    setting = settings.load(*text_run(texts, tmp_path))
+    assert setting.student.config.id2label == {0: "positive", 1: "negative"}
+    ids = {model: [row["labels"] for row in data.eval] for model, data in
+           (("student", setting.data), ("teacher", setting.teacher_data))}  # fmt: skip
+    assert ids["student"] == [1 - i for i in ids["teacher"]]
+    results = runs.distill(*text_run(texts, tmp_path))
+    assert set(results.arms) == {"teacher", "student", "control"}
+
+
+def test_a_student_without_a_head_gets_the_teachers_labels(texts, tmp_path):
+    setting = settings.load(*text_run(texts, tmp_path, student="headless"))
+    assert setting.student.config.id2label == {0: "negative", 1: "positive"}
+    assert setting.data is setting.teacher_data or len(setting.data.eval) == len(setting.teacher_data.eval)
+
+
+def test_a_teacher_without_a_head_is_refused_unless_it_is_trained(texts, tmp_path):
+    """Trap 37: a head that was just initialised at random teaches noise."""
+    with pytest.raises(ValueError, match="classifier.*would be random"):
+        settings.load(
+            *text_run(
+                texts, tmp_path, "--teacher", str(texts / "headless"), "--task", "sequence-classification"
+            )
+        )
+    run, args = text_run(texts, tmp_path, "--teacher", str(texts / "headless"), "--train_teacher",
+                         "--task", "sequence-classification", "--teacher_epochs", "1")  # fmt: skip
+    setting = settings.load(run, args)
+    assert setting.teacher.config.id2label == {0: "negative", 1: "positive"}
+    assert (tmp_path / "teacher" / settings.TRAINED_FILE).is_file()
+
+
+def test_labels_are_not_needed_at_alpha_one(texts, tmp_path):
+    (tmp_path / "plain.csv").write_text("text\n" + "a good film\n" * 20, encoding="utf-8")
+    flags = ["--dataset", str(tmp_path / "plain.csv"), "--alpha", "1", "--unlabelled"]
+    results = runs.distill(*text_run(texts, tmp_path / "out", *flags))
+    assert list(results.arms) == ["teacher", "student"]
+    assert results.primary_metric is None
+    assert results.arms["student"].eval_kl is not None
+
+
+def test_check_trains_nothing_and_prints_what_would_run(texts, tmp_path, capsys):
+    assert runs.check(*text_run(texts, tmp_path / "out"), launch="accelerate launch it") == []
+    text = capsys.readouterr().out
+    assert "accelerate launch it" in text and "BertForSequenceClassification" in text
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_check_returns_the_problems(texts, tmp_path):
+    problems = runs.check(*text_run(texts, tmp_path, "--kl_threshold", "0.1"), launch="")
+    assert [problem.option for problem in problems] == ["kl_threshold"]
+
+
+@pytest.mark.parametrize(
+    ("wish", "expected"),
+    [(None, None), ("false", None), ("true", "checkpoint-20"), ("some/where", "some/where")],
+)
+def test_resume_means_the_last_checkpoint_or_a_path(tmp_path, wish, expected):
+    for step in (3, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    found = runs._checkpoint(wish, tmp_path)
+    assert found == (str(tmp_path / expected) if wish == "true" else expected)
+    assert runs._checkpoint("true", tmp_path / "nothing") is None
+
+
+def test_a_run_resumes_from_its_last_checkpoint(tmp_path):
+    """An interrupted run, resumed, ends with the weights of an uninterrupted one."""
+    flags = [
+        "--no_control",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
+        "--lr_scheduler_type",
+        "constant",
+    ]
+    whole = runs.distill(*digits(tmp_path / "whole", *flags, "--max_steps", "4"))
+    runs.distill(*digits(tmp_path / "parts", *flags, "--max_steps", "2"))
+    parts = runs.distill(
+        *digits(tmp_path / "parts", *flags, "--max_steps", "4", "--resume_from_checkpoint", "true")
+    )
+    assert parts.arms["student"].metrics == whole.arms["student"].metrics
+    assert parts.arms["student"].eval_kl == whole.arms["student"].eval_kl
