@@ -52,7 +52,7 @@ def provenance(results: Results) -> str:
     """One line: the data, what it ran on, and how latency was measured; nothing that was not recorded."""
     machine = results.machine
     parts = [f"{results.examples} examples" if results.examples else ""]
-    parts += [str(results.provenance[name]) for name in ("dataset", "recipe") if results.provenance.get(name)]
+    parts.append(str(results.provenance.get("dataset") or ""))
     if "seed" in results.provenance:
         parts.append(f"seed {results.provenance['seed']}")
     parts.append(_hardware(results))
