@@ -145,6 +145,7 @@ class DistillationTrainer(Trainer):
         self._generation: dict[str, Any] = {}
         self._fusion: Fusion | str | None = None
         self._checked = False
+        self._load_result: Any = None
         self.terms = TermLog()
         self._eval_sums: Tensor | None = None
         self.add_callback(FiniteLossCallback(self))
@@ -218,8 +219,15 @@ class DistillationTrainer(Trainer):
         self._restore_renamed(self.state.best_model_checkpoint)
 
     def _restore_renamed(self, folder: str | None) -> None:
-        if folder is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            restore_renamed(self.student, folder)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        restored = folder is not None and not sharded and restore_renamed(self.student, folder)
+        if self._load_result is not None and not restored:
+            super()._issue_warnings_after_load(self._load_result)
+        self._load_result = None
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # Names that are missing may only be others: `_restore_renamed` knows.
+        self._load_result = load_result
 
     # ---- data: the union of what both models read, and each row's number ----
 
