@@ -28,7 +28,7 @@ IGNORED = -100
 # Kept tiles hold logits, not exponentials, where the slope needs the logits themselves: a log-ratio is
 # unbounded.
 _NEED_LOGITS = ("reverse_kl", "jeffreys")
-_SCRATCH_TILES = 4
+_SCRATCH_TILES = 2
 # Products of fewer tokens than this are so slow that one or two more products cost less.
 _FEW_TOKENS = 96
 
@@ -175,7 +175,7 @@ class _Group:
             chunk_bytes=job.chunk_bytes,
             # Statistics are a few float64 per tile, and a tile has 512 classes or more.
             row_bytes=item * columns + 160 * entries + job.head.classes // 4,
-            scratch=_SCRATCH_TILES + (4 if self.streams else not self._plain()),
+            scratch=_SCRATCH_TILES + (0 if self._plain() else 4) + 3 * self.streams,
             upcast_columns=upcast,
             dtype=self.dtype,
             device=self.hidden.device,

@@ -217,7 +217,7 @@ class SecondPass:
         tile: Tile, n: int,
     ) -> None:  # fmt: skip
         """Turn exponentials `e` into `a_ce * e^ce_power + a_kd * e^kd_power * factor`, in place."""
-        scratch = self.buffers.scratch("product", n, tile)
+        scratch = self.buffers.scratch("x", n, tile)
         if a_kd is None:
             if a_ce is None:
                 e.zero_()

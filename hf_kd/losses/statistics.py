@@ -244,22 +244,15 @@ class FirstPass:
         x.sub_(top.unsqueeze(1))
         torch.exp(x, out=e)
         tops = top.double()
-        if self.needs.cross_entropy:
-            e_ce = e
-            if self.ce_power != 1:
-                e_ce = power(e, self.ce_power, buffers.scratch("product", n, tile))
-            out.log_ce[k] = self.ce_power * tops + e_ce.sum(-1).double().log()
-            self._stream("ce", tile, e_ce, self.ce_power * tops)
-        if not tile.shared:
-            return
-        e_q = e
-        if self.kd_power != 1:
-            e_q = power(e, self.kd_power, buffers.scratch("power", n, tile))
-        if dead is not None:
-            e_q = e_q.masked_fill(dead, 0)
-        sum_q = e_q.sum(-1).double()
-        out.log_q[k] = self.kd_power * tops + sum_q.log()
-        self._stream("q", tile, e_q, self.kd_power * tops)
+        if tile.shared:
+            e_q = e
+            if self.kd_power != 1:
+                e_q = power(e, self.kd_power, buffers.scratch("power", n, tile))
+            if dead is not None:
+                e_q = e_q.masked_fill(dead, 0)
+            sum_q = e_q.sum(-1).double()
+            out.log_q[k] = self.kd_power * tops + sum_q.log()
+            self._stream("q", tile, e_q, self.kd_power * tops)
         if t is not None:
             torch.exp(t, out=e_t)
             sum_p = e_t.sum(-1).double()
@@ -268,6 +261,16 @@ class FirstPass:
             self._compare(out, k, tile, (x, e_q, sum_q), (t, e_t, sum_p), dead)
             if dead is not None and not keep:
                 e_t.masked_fill_(dead, -1)  # told from a probability that underflowed
+        if self.needs.cross_entropy:
+            e_ce = e
+            if self.ce_power != 1:
+                e_ce = power(e, self.ce_power, self._spare(x, "product", n, tile))
+            out.log_ce[k] = self.ce_power * tops + e_ce.sum(-1).double().log()
+            self._stream("ce", tile, e_ce, self.ce_power * tops)
+
+    def _spare(self, used: Tensor, name: str, n: int, tile: Tile) -> Tensor:
+        """A tile to write to: one that is used up, still in cache, or scratch where tiles keep the logits."""
+        return self.buffers.scratch(name, n, tile) if self.needs.keep_logits else used
 
     def _dead(self, x: Tensor, t: Tensor) -> Tensor | None:
         """Classes `[n, w]` that either model has masked, or None."""
@@ -295,8 +298,8 @@ class FirstPass:
         """KLs and entropies within one tile."""
         (x, e_q, sum_q), (t, e_t, sum_p), needs = student, teacher, self.needs
         n = x.shape[0]
-        product = self.buffers.scratch("product", n, tile)
         if needs.entropies:
+            product = self.buffers.scratch("product", n, tile)
             for e, total, values, factor, top, mean in (
                 (e_t, sum_p, t, 1.0, out.teacher_top[k], out.teacher_mean),
                 (e_q, sum_q, x, self.kd_power, out.top[k], out.student_mean),
@@ -307,7 +310,8 @@ class FirstPass:
                 mean[k] = factor * (top.double() + _ratio(product.sum(-1), total))
         if not (needs.kl or needs.reverse_kl):
             return
-        gap = torch.sub(t, x, alpha=self.kd_power, out=self.buffers.scratch("gap", n, tile))
+        gap = torch.sub(t, x, alpha=self.kd_power, out=self._spare(t, "gap", n, tile))
+        product = self._spare(x, "product", n, tile)
         if dead is not None:
             gap.masked_fill_(dead, 0)
         shift = torch.where((sum_p > 0) & (sum_q > 0), sum_q.log() - sum_p.log(), torch.zeros_like(sum_p))
