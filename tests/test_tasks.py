@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -168,6 +169,26 @@ def test_losses_that_look_across_the_batch() -> None:
         "image-text",
         "embedding-similarity",
     }
+
+
+def test_boxes_of_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 17, counter-example: the model's own loss divides by what other ranks have, and waits for them."""
+    from transformers.loss import loss_for_object_detection
+
+    head = HEADS["detection"]
+    student, _ = models(head)
+    task = resolve_task(None, student)
+    batch = Collator(head)(rows_of(head, 3))
+    outputs = student(pixel_values=batch["pixel_values"])
+    z, supervision = task.flat(outputs, batch), task.supervise_batch(batch)
+    PartialState()
+    monkeypatch.setattr(loss_for_object_detection, "reduce", lambda boxes: 2 * boxes)  # a busier rank
+    ours = task.task_terms(outputs, z, supervision, None, 0.0).losses
+    naive = [student(batch["pixel_values"][i : i + 1], labels=[batch["labels"][i]]).loss for i in range(3)]
+    assert not torch.isclose(ours, torch.stack(naive), rtol=1e-2).any()
+    monkeypatch.undo()
+    alone = [student(batch["pixel_values"][i : i + 1], labels=[batch["labels"][i]]).loss for i in range(3)]
+    torch.testing.assert_close(ours, torch.stack(alone))
 
 
 @settings(max_examples=25, deadline=None)

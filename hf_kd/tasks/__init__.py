@@ -176,12 +176,6 @@ def resolve_task(task: str | Task | None, model: Any, *, supervise: str = "auto"
         changes["ignore_index"] = getattr(config, "semantic_loss_ignore_index", task.ignore_index)
     if isinstance(task, CTC):
         changes["frames"] = getattr(base, "_get_feat_extract_output_lengths", None)
-    if isinstance(task, ObjectDetection) and getattr(config, "model_type", "") in (
-        "detr",
-        "yolos",
-        "table-transformer",
-    ):
-        changes["loss"] = base.loss_function
     return replace(task, **changes)
 
 

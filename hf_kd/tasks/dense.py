@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .base import Batch, Logits, Supervision, Task, TaskTerms, first_tensor, full_precision, take, token_mask
 
+# Model types whose task loss is DETR's: cross-entropy, L1 and generalised IoU of matched queries.
+_MATCHES_QUERIES = ("detr", "yolos", "table-transformer")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segmentation(Task):
@@ -159,9 +162,6 @@ class ObjectDetection(Task):
     averaged.
     """
 
-    loss: Callable[..., Any] | None = None
-    device: Any = None
-
     def supervise_batch(self, batch: Batch) -> Supervision:
         """All queries of all rows; rows with annotations for the task loss."""
         pixels = batch["pixel_values"]
@@ -180,21 +180,41 @@ class ObjectDetection(Task):
         label_smoothing: float,
     ) -> TaskTerms:
         """The matching loss of each row."""
-        if self.loss is None or getattr(self.config, "auxiliary_loss", False):
+        model_type = getattr(self.config, "model_type", "this model")
+        auxiliary = getattr(self.config, "auxiliary_loss", False)
+        if model_type not in _MATCHES_QUERIES or auxiliary:
             raise ValueError(
-                f"The task loss of {getattr(self.config, 'model_type', 'this model')} with auxiliary_loss="
-                f"{getattr(self.config, 'auxiliary_loss', None)} is not known; set auxiliary_loss=False, "
-                "or alpha=1."
+                f"The task loss of {model_type} with auxiliary_loss={auxiliary} is not known; set "
+                "auxiliary_loss=False, or alpha=1."
             )
+        logits, boxes = (full_precision(outputs[name]) for name in ("logits", "pred_boxes"))
         losses = [
-            self.loss(
-                full_precision(outputs["logits"][i : i + 1]), [supervision.labels[i]], student.device,
-                full_precision(outputs["pred_boxes"][i : i + 1]), self.config, None, None,
-            )[0]
-            for i in range(supervision.rows)
-        ]  # fmt: skip
+            self.matching_loss({"logits": z[None], "pred_boxes": box[None]}, label)
+            for z, box, label in zip(logits, boxes, supervision.labels, strict=True)
+        ]
         rows = torch.arange(supervision.rows, device=student.device)
         return TaskTerms(torch.stack(losses), supervision.task_weight, rows)
+
+    def matching_loss(self, outputs: dict[str, Tensor], label: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy and box losses of one row, after its queries are matched to its objects.
+
+        Transformers' own sum of these terms divides the box losses by a number of boxes averaged over ranks,
+        so that a row's loss would depend on what another rank is working on.
+        """
+        from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
+
+        config = self.config
+        matcher = HungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost)
+        parts = ImageLoss(matcher, config.num_labels, config.eos_coefficient, ["labels", "boxes"])
+        parts.to(outputs["logits"].device)
+        matches = matcher(outputs, [label])
+        boxes = max(len(label["class_labels"]), 1)
+        found = parts.loss_boxes(outputs, [label], matches, boxes)
+        return (
+            parts.loss_labels(outputs, [label], matches, boxes)["loss_ce"]
+            + config.bbox_loss_coefficient * found["loss_bbox"]
+            + config.giou_loss_coefficient * found["loss_giou"]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
