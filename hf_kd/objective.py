@@ -9,7 +9,8 @@ by the number of ranks. The gradient of a step then depends on the examples in i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -96,12 +97,16 @@ class Objective:
             [N]`; unused for regression, which is compared by squared error.
         classes: How the teacher's classes map to the student's.
         label_smoothing: Weight of the uniform distribution in the task loss's target.
+        divergence_name: What the divergence was chosen by, if it was a name.
+        divergence_options: Its parameters.
     """
 
     task: Task
     divergence: Divergence
     classes: ClassMap = ClassMap()
     label_smoothing: float = 0.0
+    divergence_name: str = ""
+    divergence_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(
         self,
@@ -269,6 +274,7 @@ def resolve_objective(
     Raises:
         ValueError: If a divergence is named for a head that gives no distribution.
     """
+    name: Any
     if task.kind == "regression" and divergence != "auto":
         raise ValueError(
             f"divergence={divergence!r} compares distributions, but the head of task {task.name!r} with "
@@ -285,7 +291,13 @@ def resolve_objective(
                 "task='embedding-similarity' for a KL."
             )
     else:
-        chosen = resolve_divergence(
-            "forward_kl" if divergence == "auto" else divergence, divergence_options or {}
-        )
-    return Objective(task=task, divergence=chosen, classes=classes, label_smoothing=label_smoothing)
+        name = "forward_kl" if divergence == "auto" else divergence
+        chosen = resolve_divergence(name, divergence_options or {})
+    return Objective(
+        task=task,
+        divergence=chosen,
+        classes=classes,
+        label_smoothing=label_smoothing,
+        divergence_name=name if isinstance(name, str) else "",
+        divergence_options=divergence_options or {},
+    )

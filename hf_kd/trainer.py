@@ -476,12 +476,12 @@ class DistillationTrainer(Trainer):
             return outputs.detach()
         if not isinstance(outputs, Mapping):
             return tuple(named_logits(outputs, self.task.logits).values())
-        config = getattr(self.model, "config", None)
-        ignored = {
-            "loss",
-            *(ignore_keys or getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])),
-        }
-        kept = tuple(value for key, value in outputs.items() if key not in ignored)
+        if ignore_keys is None:
+            config = getattr(self.model, "config", None)
+            ignore_keys = [*getattr(config, "keys_to_ignore_at_inference", ()), "past_key_values"]
+            # A config may ask for these; gathered over a data set they would fill the memory.
+            ignore_keys += [key for key in outputs if key.endswith(("hidden_states", "attentions"))]
+        kept = tuple(value for key, value in outputs.items() if key not in {"loss", *ignore_keys})
         return kept[0] if len(kept) == 1 else kept
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Heads whose classes are the rows of the batch: image with text, and similarities of embeddings (trap 13)."""
+"""Heads whose classes are the rows of the batch: image with text, and similarities (trap 13)."""
 
 from __future__ import annotations
 

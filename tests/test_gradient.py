@@ -262,7 +262,7 @@ def test_gradient_checkpointing(tmp_path: Path) -> None:
 
 
 def test_bf16_autocast(tmp_path: Path) -> None:
-    """Under bf16 autocast the gradient of accumulation 4 is that of accumulation 1 and near float64's (5 %)."""
+    """Under bf16 autocast: accumulation 4 as accumulation 1 (3 %), and both near float64's gradient (5 %)."""
     head = HEADS["causal-lm"]
     rows = rows_of(head, 8)
     results = []
@@ -284,7 +284,7 @@ def test_bf16_autocast(tmp_path: Path) -> None:
     expected = oracle(head, student, teacher, rows)[1]
     for grads in results:
         assert_same(grads, expected, 5e-2)
-    assert_same({n: g.double() for n, g in results[1].items()}, {n: g.double() for n, g in results[0].items()}, 3e-2)
+    assert_same(results[1], {n: g.double() for n, g in results[0].items()}, 3e-2)
 
 
 def test_lora_student(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_lora_student(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     head = HEADS["causal-lm"]
     base, teacher = models(head)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, init_lora_weights=False)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     student = peft.get_peft_model(base, config).double()
     rows = rows_of(head, 8)
     _, grads = step(tmp_path, head, student, teacher, rows, gradient_accumulation_steps=4)

@@ -108,7 +108,9 @@ def head_inputs(spec: HeadSpec) -> Iterator[list[Tensor]]:
 
     def stand_in(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         captured.append(hidden)
-        return hidden[..., :1]
+        # DDP looks for unused parameters in the graph of what the forward returns: the head's must be there.
+        touched = [p.reshape(-1)[:1].sum() for p in spec.linear.parameters() if p.requires_grad]
+        return hidden[..., :1] + sum(touched, hidden.new_zeros(()))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_patched(spec.linear, "forward", stand_in))

@@ -1,0 +1,207 @@
+"""Language models without `[tokens, vocabulary]` logits: from a trainer's batch to the fused loss.
+
+The models' own forwards run, wrapped and under their own autocast; only their output layers stand aside and
+hand over their input. What cannot be done that way is said once and computed densely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .losses.evaluation import fused_evaluation
+from .losses.fused import FUSED_DIVERGENCES, fused_distillation
+from .losses.heads import HeadSpec, UnsupportedHead, find_head, head_inputs
+from .losses.tiles import DenseTeacher, HiddenTeacher
+from .objective import STATISTICS, Counts, Mix, Objective, Terms
+from .tasks import Supervision, Task
+from .tasks.text import CausalLM, Seq2SeqLM
+from .teachers.models import ModelTeacher
+from .teachers.signal import Teacher
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Where the two models' heads are.
+
+    Attributes:
+        student: The student's head.
+        teacher: The teacher's; None: its logits are used, as they come.
+        chunk_bytes: Temporary memory of the loss.
+    """
+
+    student: HeadSpec
+    teacher: HeadSpec | None
+    chunk_bytes: int
+
+    def run_student(self, forward: Callable[[], Any]) -> Tensor:
+        """The head's input `[B, L, H]` for one call of the student's forward."""
+        with head_inputs(self.student) as captured:
+            forward()
+        return captured[-1]
+
+    def ask(self, teacher: Teacher, batch: Mapping[str, Any]) -> HiddenTeacher | DenseTeacher:
+        """The teacher's answer: its head's input, or its logits."""
+        if self.teacher is None:
+            return DenseTeacher(teacher(batch).logits["logits"])
+        with head_inputs(self.teacher) as captured:
+            teacher(batch)
+        return HiddenTeacher(captured[-1], self.teacher.head())
+
+    def terms(
+        self,
+        objective: Objective,
+        hidden: Tensor,
+        teacher: HiddenTeacher | DenseTeacher | None,
+        supervision: Supervision,
+        *,
+        counts: Counts,
+        mix: Mix,
+        ranks: int,
+    ) -> Terms:
+        """One micro-batch's share of the loss; equal to `Objective.__call__` on the two models' logits."""
+        labels = supervision.labels
+        if labels is None and mix.alpha < 1.0:
+            labels = torch.full(supervision.kd_weight.shape, -100, device=hidden.device)
+        fused = fused_distillation(
+            hidden.reshape(-1, hidden.shape[-1]),
+            self.student.head(),
+            teacher=_flat(teacher),
+            labels=labels,
+            alpha=mix.alpha,
+            temperature=mix.temperature,
+            teacher_temperature=mix.teacher_temperature,
+            divergence=objective.divergence_name,
+            divergence_options=objective.divergence_options,
+            kd_weights=supervision.kd_weight,
+            task_count=counts.task.clamp_min(1e-12),
+            kd_count=counts.kd.clamp_min(1e-12),
+            scale=float(ranks),
+            label_smoothing=objective.label_smoothing,
+            shared_classes=objective.classes.shared,
+            chunk_bytes=self.chunk_bytes,
+        )
+        task = kd = None
+        if supervision.labels is not None and mix.alpha < 1.0:
+            task = fused.task_sum / counts.task.clamp_min(1e-12) * ranks
+        if teacher is not None and mix.alpha > 0.0:
+            kd = fused.kd_sum / counts.kd.clamp_min(1e-12) * mix.temperature**2 * ranks
+        return Terms(loss=fused.loss, task=task, kd=kd)
+
+    def sums(
+        self,
+        objective: Objective,
+        hidden: Tensor,
+        teacher: HiddenTeacher | DenseTeacher | None,
+        supervision: Supervision,
+    ) -> Tensor:
+        """Sums per batch row, as `Objective.evaluate` gives them."""
+        seen = fused_evaluation(
+            hidden.reshape(-1, hidden.shape[-1]),
+            self.student.head(),
+            teacher=_flat(teacher),
+            labels=supervision.labels,
+            mask=(supervision.kd_weight > 0) | (supervision.task_weight > 0),
+            shared_classes=objective.classes.shared,
+            chunk_bytes=self.chunk_bytes,
+        )
+        task, kd = supervision.task_weight, supervision.kd_weight if teacher is not None else None
+        columns: dict[str, Tensor] = {}
+        if supervision.labels is not None:
+            columns |= {"task": seen.nll * task, "task_count": task}
+        if kd is not None:
+            columns |= {"kl": seen.kl * kd, "kd_count": kd, "agreement": seen.agreement * kd}
+            columns["teacher_entropy"] = seen.teacher_entropy * kd
+            columns["teacher_mass_dropped"] = seen.teacher_mass_dropped * kd
+        dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
+        out = torch.zeros(supervision.rows, len(STATISTICS), dtype=dtype, device=hidden.device)
+        for name, values in columns.items():
+            out[:, STATISTICS.index(name)] = values.to(dtype).view(supervision.rows, -1).sum(-1)
+        return out
+
+
+def find_fusion(
+    mode: str,
+    *,
+    task: Task,
+    objective: Objective,
+    student: nn.Module,
+    inputs: Mapping[str, Any],
+    teacher: Teacher | None,
+    batch: Mapping[str, Any],
+    chunk_bytes: int,
+    obstacle: str | None,
+) -> Fusion | str:
+    """Whether the fused loss applies to a run.
+
+    Args:
+        mode: The option `fused`: "auto", "on" or "off".
+        task: The head.
+        objective: The loss.
+        student: The student, not wrapped.
+        inputs: Its arguments for some batch.
+        teacher: The teacher, if it is asked.
+        batch: What the teacher reads of that batch.
+        chunk_bytes: Temporary memory of the loss.
+        obstacle: A reason against it that the caller knows.
+
+    Returns:
+        The heads, or why the dense path is taken.
+
+    Raises:
+        ValueError: If `mode` is "on" and it does not apply.
+    """
+    if mode == "off":
+        return "fused='off'"
+    reason = obstacle or _reason(task, objective)
+    if reason is None:
+        row = {k: v[:1] if isinstance(v, Tensor) and v.ndim > 0 else v for k, v in inputs.items()}
+        try:
+            spec = find_head(student, row)
+            return Fusion(spec, _teacher_spec(teacher, batch), chunk_bytes)
+        except UnsupportedHead as error:
+            reason = str(error)
+    if mode == "on":
+        raise ValueError(
+            f"fused='on' is not possible: {reason} Set fused='auto' to compute such runs densely."
+        )
+    return reason
+
+
+def is_language_model(task: Task) -> bool:
+    """Whether the head predicts one token of a vocabulary per position."""
+    return isinstance(task, CausalLM | Seq2SeqLM) or task.name == "masked-lm"
+
+
+def _reason(task: Task, objective: Objective) -> str | None:
+    if not is_language_model(task):
+        return f"task {task.name!r} has no vocabulary."
+    if objective.divergence_name not in FUSED_DIVERGENCES:
+        return f"divergence={objective.divergence_name!r} needs whole rows of logits."
+    return None
+
+
+def _teacher_spec(teacher: Teacher | None, batch: Mapping[str, Any]) -> HeadSpec | None:
+    """The teacher's head; a teacher that has none that is known gives its logits."""
+    if not isinstance(teacher, ModelTeacher):
+        return None
+    inputs = teacher.inputs(
+        {k: v[:1] if isinstance(v, Tensor) and v.ndim > 0 else v for k, v in batch.items()}
+    )
+    try:
+        return find_head(teacher.model, inputs)
+    except UnsupportedHead:
+        return None
+
+
+def _flat(teacher: HiddenTeacher | DenseTeacher | None) -> HiddenTeacher | DenseTeacher | None:
+    """Positions `[B, L]` as one axis, like the student's."""
+    if isinstance(teacher, HiddenTeacher):
+        return HiddenTeacher(teacher.hidden.reshape(-1, teacher.hidden.shape[-1]), teacher.head)
+    if isinstance(teacher, DenseTeacher):
+        return DenseTeacher(teacher.logits.reshape(-1, teacher.logits.shape[-1]))
+    return None
