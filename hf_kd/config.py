@@ -48,6 +48,11 @@ class DistillationArguments(DistillationOptions, TrainingArguments):
         TrainingArguments.__post_init__(self)
         self.validate()
 
+    @property
+    def folder(self) -> Path:
+        """`output_dir` as a path; Trainer's own default is filled in by now."""
+        return Path(str(self.output_dir))
+
     def validate(self) -> None:
         """Raise one `ValueError` that lists every problem of these options."""
         problems = self.distillation_problems()
@@ -60,17 +65,18 @@ class DistillationArguments(DistillationOptions, TrainingArguments):
     def distillation_problems(self) -> list[str]:
         """The problems of the options, and of the divergence that they name."""
         found = super().distillation_problems()
-        options = self.divergence_options
-        if self.divergence not in (None, "auto", *VECTOR_LOSSES):
-            try:
-                resolve_divergence(self.divergence, options if isinstance(options, dict) else None)
-            except ValueError as error:
-                found.append(str(error))
-        elif options:
-            found.append(
-                f"divergence_options={options} need a divergence that takes them, "
-                f"not divergence={self.divergence!r}: name one, e.g. divergence='jsd'"
-            )
+        divergence, options = self.divergence, self.divergence_options
+        if divergence is None or divergence in ("auto", *VECTOR_LOSSES):
+            if options:
+                found.append(
+                    f"divergence_options={options} need a divergence that takes them, "
+                    f"not divergence={divergence!r}: name one, e.g. divergence='jsd'"
+                )
+            return found
+        try:
+            resolve_divergence(divergence, options if isinstance(options, dict) else None)
+        except ValueError as error:
+            found.append(str(error))
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,9 +110,8 @@ class _Parser(HfArgumentParser):
     """Reads both dataclasses; raises instead of printing two screens of usage."""
 
     def __init__(self) -> None:
-        super().__init__(
-            [RunOptions, DistillationArguments], prog="hf-kd distill", allow_abbrev=False, add_help=False
-        )
+        read: Any = [RunOptions, DistillationArguments]
+        super().__init__(read, prog="hf-kd distill", allow_abbrev=False, add_help=False)
         hints = {**typing.get_type_hints(RunOptions), **typing.get_type_hints(DistillationArguments)}
         self.names: dict[str, Action] = {}
         self.hints: dict[str, tuple[Any, ...]] = {}

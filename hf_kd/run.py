@@ -48,7 +48,7 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
     initial = copy.deepcopy(setting.student)
     trainer = distiller(setting)
     console.rule("student", align="left")
-    trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint, args.output_dir))
+    trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint, args.folder))
     trainer.save_model(args.output_dir)
     models = {"teacher": setting.teacher, "student": trainer.accelerator.unwrap_model(trainer.model)}
     steps = trainer.state.global_step, trainer.state.max_steps
@@ -59,7 +59,7 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
     results = compare(setting, models, minutes=(time.monotonic() - start) / 60)
     if results is None:
         return None
-    path = results.write(Path(args.output_dir) / "results.json")
+    path = results.write(args.folder / "results.json")
     console.rule("results", align="left")
     report.print_table(results, console)
     console.print(Text(f"student and results are in {path.parent}", style="dim"))
@@ -147,7 +147,7 @@ def train_control(
     if setting.run.unlabelled:
         setting.console.print("no control: without labels there is nothing else to learn from")
         return None
-    folder = Path(args.output_dir) / "control"
+    folder = args.folder / "control"
     changes: dict[str, Any] = {"output_dir": str(folder)}
     if 0 < steps < planned:
         changes["max_steps"] = steps
@@ -157,7 +157,7 @@ def train_control(
     wish = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=_checkpoint("true", folder) if wish else None)
     trainer.save_model(str(folder))
-    return trainer.accelerator.unwrap_model(trainer.model)  # type: ignore[no-any-return]
+    return trainer.accelerator.unwrap_model(trainer.model)
 
 
 def compare(setting: Setting, models: dict[str, PreTrainedModel], *, minutes: float) -> Results | None:
@@ -205,7 +205,7 @@ def compare(setting: Setting, models: dict[str, PreTrainedModel], *, minutes: fl
 def _evaluate(setting: Setting, name: str, model: PreTrainedModel) -> dict[str, float]:
     """Metrics of one model, and how far it is from the teacher."""
     changes: dict[str, Any] = {"alpha": 1.0, "alpha_end": None, "alpha_schedule": "constant"}
-    changes |= {"kl_threshold": None, "output_dir": str(Path(setting.args.output_dir) / "evaluation")}
+    changes |= {"kl_threshold": None, "output_dir": str(setting.args.folder / "evaluation")}
     args = dataclasses.replace(setting.args, disable_tqdm=True, **changes)
     if name == "teacher" and setting.run.unlabelled:
         return {"eval_kl": 0.0, "eval_agreement": 1.0}
@@ -250,10 +250,10 @@ def _latency(setting: Setting, models: dict[str, PreTrainedModel]) -> dict[str, 
     return measure.latency(dict(models), batch)
 
 
-def _checkpoint(wish: str | None, folder: str | Path) -> str | None:
+def _checkpoint(wish: str | None, folder: Path) -> str | None:
     """What `resume_from_checkpoint` means: a path, or "true" for the last checkpoint if there is one."""
     if wish is None or wish.lower() in ("false", "no", "0"):
         return None
     if wish.lower() not in ("true", "yes", "1", "last"):
         return wish
-    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def load(run: RunOptions, args: DistillationArguments, *, train: bool = True) ->
     # Rank 0 first: the others find what it downloaded and prepared in the cache.
     with args.main_process_first(desc="loading the data"):
         raw, run = _load_named(run, args)
-    shared = {"task": run.task, "trust_remote_code": args.trust_remote_code}
+    shared: dict[str, Any] = {"task": run.task, "trust_remote_code": args.trust_remote_code}
     teacher_processor = load_processor(run, raw, revision=args.teacher_revision, **shared)
     processor = load_processor(run, raw, role="student", **shared) if run.student else teacher_processor
     teacher = load_teacher(run, args, raw, teacher_processor)
@@ -131,7 +132,7 @@ def _load_named(run: RunOptions, args: DistillationArguments) -> tuple[DatasetDi
     for option in ("teacher", "student"):
         name = getattr(run, option)
         if name:
-            attempt(lambda name=name, option=option: check_path(name, option))
+            attempt(partial(check_path, name, option))
     task = run.task
     if task is None and run.teacher and not problems:
         task = attempt(
@@ -219,7 +220,7 @@ def trained_teacher(
         processor: Saved beside it.
         train: False returns the teacher as it is, unless a trained one is there.
     """
-    folder = Path(args.output_dir) / "teacher"
+    folder = args.folder / "teacher"
     own = teacher_arguments(run, args)
     wanted = _recipe_of_teacher(run, own)
     found = _read_json(folder / TRAINED_FILE)
@@ -247,7 +248,7 @@ def teacher_arguments(run: RunOptions, args: DistillationArguments) -> Distillat
     """The arguments of the teacher's training: the student's, but for what `teacher_...` options say."""
     changes: dict[str, Any] = {
         **_ALONE,
-        "output_dir": str(Path(args.output_dir) / "teacher"),
+        "output_dir": str(args.folder / "teacher"),
         "eval_strategy": "no",
         "save_strategy": "no",
         "load_best_model_at_end": False,
