@@ -343,7 +343,6 @@ def test_predictions_have_no_extras(tmp_path: Path) -> None:
         compute_metrics=metrics,
         preprocess_logits_for_metrics=lambda logits, labels: logits * 1,
     )
-    student.config.keys_to_ignore_at_inference = ["hidden_states"]
     assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
     assert seen[0].predictions.shape == (9, 4)
     assert trainer.predict(text_rows(5)).predictions.shape == (5, 4)
