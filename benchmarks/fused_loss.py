@@ -223,6 +223,39 @@ def machine() -> dict[str, object]:
     }
 
 
+def plot(path: Path) -> None:
+    """Draw time and memory against the number of tokens, for the vocabulary with the most sizes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = [run for run in json.loads(path.read_text())["runs"] if not run["masked"] and not run["frozen"]]
+    sizes = {(run["vocabulary"], run["widths"]): 0 for run in runs}
+    for run in runs:
+        sizes[run["vocabulary"], run["widths"]] += 1
+    chosen = max(sizes, key=lambda size: sizes[size])
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6))
+    for method in DEFAULT:
+        for axis, key, unit in ((axes[0], "seconds", 1), (axes[1], "extra_bytes", MIB)):
+            points = sorted(
+                (run["tokens"], row[key] / unit)
+                for run in runs
+                for row in run["rows"]
+                if (run["vocabulary"], run["widths"]) == chosen and row["method"] == method and row[key]
+            )
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=method)
+    axes[0].set_ylabel("CPU seconds, one thread")
+    axes[1].set_ylabel("MiB beyond the gradients")
+    for axis in axes:
+        axis.set(xscale="log", yscale="log", xlabel="tokens")
+        axis.legend(fontsize=7)
+    figure.suptitle(f"value and gradient, V = {chosen[0]:,}, widths {chosen[1]}")
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=130)
+
+
 def main() -> None:
     """Measure one size, or one method's peak, and print; `--save` adds it to the results."""
     parser = argparse.ArgumentParser(
@@ -241,7 +274,11 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--save", default=None, help="file under benchmarks/results to append to")
+    parser.add_argument("--plot", default=None, help="draw what a file under benchmarks/results holds")
     arguments = parser.parse_args()
+    if arguments.plot:
+        plot(RESULTS / arguments.plot)
+        return
     torch.set_num_threads(arguments.threads)
     student, teacher = map(int, arguments.widths.split(","))
     case = Case(

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .buffers import Buffers
 from .divergences import DIVERGENCES
 from .job import Job
 from .slopes import Entries, Gradients, SecondPass, Weights
 from .sparse import SparseRows, sparse_terms
-from .statistics import Buffers, FirstPass, Needs, Statistics
+from .statistics import FirstPass, Needs, Statistics
 from .streaming import RowSums
 from .tiles import (
     DenseSource,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .statistics import Buffers, Statistics
+from .buffers import Buffers
+from .statistics import Statistics
 from .tiles import Projection, Tile, power
 
 MIXTURES = ("jsd", "skew_kl", "skew_reverse_kl", "tvd")

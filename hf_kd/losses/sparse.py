@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .buffers import Buffers
 from .divergences import Divergence
 from .slopes import Entries
-from .statistics import Buffers, Statistics
+from .statistics import Statistics
 from .tiles import Projection, SparseTeacher, power
 
 # Stands for log 0 where only one side is 0: exp underflows even in float64, and a product with 0 is still 0.

@@ -8,54 +8,17 @@ in a form that keeps its digits, while the tile is still in cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .tiles import DenseSource, Plan, Projection, Tile, power
+from .buffers import Buffers
+from .tiles import DenseSource, Projection, Tile, power
 
 # Below this, the difference of sums that makes a KL has too few digits left in fp32.
 _SMALL_KL = 2e-3
-
-
-@dataclass
-class Buffers:
-    """All that a chunk may occupy: kept tiles of both models, and a few scratch tiles, allocated once."""
-
-    plan: Plan
-    dtype: torch.dtype
-    device: torch.device
-    keep_student: bool
-    keep_teacher: bool
-    _flat: dict[str, Tensor] = field(default_factory=dict)
-
-    def _get(self, name: str, elements: int) -> Tensor:
-        flat = self._flat.get(name)
-        if flat is None:
-            flat = self._flat[name] = torch.empty(elements, dtype=self.dtype, device=self.device)
-        return flat
-
-    def student(self, n: int, tile: Tile) -> Tensor:
-        """What is kept of the student's tile, `[n, w]`."""
-        if not self.keep_student:
-            return self.scratch("student", n, tile)
-        flat = self._get("kept student", self.plan.tokens * self.plan.tiles[-1].stop)
-        return flat[n * tile.start : n * tile.stop].view(n, tile.width)
-
-    def teacher(self, n: int, tile: Tile) -> Tensor:
-        """What is kept of the teacher's tile, `[n, w]`."""
-        if not self.keep_teacher:
-            return self.scratch("teacher", n, tile)
-        shared = max(part.stop for part in self.plan.tiles if part.shared)
-        flat = self._get("kept teacher", self.plan.tokens * shared)
-        return flat[n * tile.start : n * tile.stop].view(n, tile.width)
-
-    def scratch(self, name: str, n: int, tile: Tile) -> Tensor:
-        """A tile `[n, w]` whose content lasts until the name is used again."""
-        flat = self._get("scratch " + name, self.plan.tokens * self.plan.widest)
-        return flat[: n * tile.width].view(n, tile.width)
 
 
 @dataclass(frozen=True)
@@ -144,6 +107,28 @@ class Statistics:
         return self.student_best.index == self.teacher_best.index
 
 
+class _Sums:
+    """What the tiles add up to, `[K, n]` in the dtype of the maths: logarithms are taken of all at once."""
+
+    def __init__(self, shape: tuple[int, int], like: Tensor) -> None:
+        self.ce, self.q, self.p = like.new_zeros(3, *shape).unbind()
+        self.gap_p, self.gap_q = like.new_zeros(2, *shape).unbind()
+        self.teacher_mean, self.student_mean = like.new_zeros(2, *shape).unbind()
+        self.exact: list[tuple[int, Tensor, Tensor, Tensor]] = []
+
+    def small(self, k: int, needs: Needs) -> Tensor:
+        """Rows whose KL within tile `k` is too small for a difference of sums."""
+        shift = (self.q[k] / self.p[k]).log_()
+        found = None
+        if needs.kl:
+            found = self.gap_p[k] / self.p[k] + shift < _SMALL_KL
+        if needs.reverse_kl:
+            reverse = -self.gap_q[k] / self.q[k] - shift < _SMALL_KL
+            found = reverse if found is None else found | reverse
+        assert found is not None
+        return found.nonzero().squeeze(1)
+
+
 def _finite(value: Tensor) -> Tensor:
     return torch.where(torch.isneginf(value), torch.zeros_like(value), value)
 
@@ -155,6 +140,19 @@ def _weighted(log_weight: Tensor, value: Tensor) -> Tensor:
 
 def _chain(log_a: Tensor, log_b: Tensor, within: Tensor) -> Tensor:
     return _weighted(log_a, within + log_a - log_b)
+
+
+@dataclass
+class _Work:
+    """A chunk in progress."""
+
+    sums: _Sums
+    top: Tensor
+    teacher_top: Tensor
+    masked: list[bool]
+    student_best: Argmax
+    teacher_best: Argmax
+    logit_sum: Tensor
 
 
 class Sums(Protocol):
@@ -191,37 +189,53 @@ class FirstPass:
         tiles = self.buffers.plan.tiles
         n = hidden.shape[0]
         shape = (len(tiles), n)
-        zero = torch.zeros(shape, dtype=torch.float64, device=hidden.device)
-        empty = torch.full_like(zero, -torch.inf)
-        out = Statistics(
-            top=hidden.new_zeros(shape),
-            teacher_top=hidden.new_zeros(shape),
-            log_ce=empty,
-            log_q=empty.clone(),
-            log_p=empty.clone(),
-            kl=zero,
-            reverse_kl=zero.clone(),
-            logit_sum=zero[0].clone(),
-            teacher_mean=zero.clone(),
-            student_mean=zero.clone(),
-            student_best=Argmax(n, hidden),
-            teacher_best=Argmax(n, hidden),
-            masked=[False] * len(tiles),
-        )
+        sums = _Sums(shape, hidden)
+        top, teacher_top = hidden.new_zeros(2, *shape).unbind()
+        masked = [False] * len(tiles)
+        best = Argmax(n, hidden), Argmax(n, hidden)
+        logit_sum = torch.zeros(n, dtype=torch.float64, device=hidden.device)
+        work = _Work(sums, top, teacher_top, masked, *best, logit_sum)
         for k, tile in enumerate(tiles):
-            self._tile(out, k, tile, hidden, teacher_rows)
-        return out
+            self._tile(work, k, tile, hidden, teacher_rows)
+        return self._finish(work)
 
-    def _tile(self, out: Statistics, k: int, tile: Tile, hidden: Tensor, teacher_rows: Tensor | None) -> None:
-        n, buffers, keep = hidden.shape[0], self.buffers, self.needs.keep_logits
+    def _finish(self, work: _Work) -> Statistics:
+        """Logarithms and ratios of all tiles, in float64."""
+        sums = work.sums
+        tops, teacher_tops = work.top.double(), work.teacher_top.double()
+        log_q, log_p = sums.q.double().log(), sums.p.double().log()
+        shift = torch.where((sums.q > 0) & (sums.p > 0), log_q - log_p, torch.zeros_like(log_q))
+        kl = _ratio(sums.gap_p, sums.p) + shift
+        reverse_kl = -_ratio(sums.gap_q, sums.q) - shift
+        for k, rows, forward, reverse in sums.exact:
+            kl[k, rows] = forward
+            reverse_kl[k, rows] = reverse
+        return Statistics(
+            top=work.top,
+            teacher_top=work.teacher_top,
+            log_ce=self.ce_power * tops + sums.ce.double().log(),
+            log_q=self.kd_power * tops + log_q,
+            log_p=teacher_tops + log_p,
+            kl=kl,
+            reverse_kl=reverse_kl,
+            logit_sum=work.logit_sum,
+            teacher_mean=teacher_tops + _ratio(sums.teacher_mean, sums.p),
+            student_mean=self.kd_power * (tops + _ratio(sums.student_mean, sums.q)),
+            student_best=work.student_best,
+            teacher_best=work.teacher_best,
+            masked=work.masked,
+        )
+
+    def _tile(self, work: _Work, k: int, tile: Tile, hidden: Tensor, teacher_rows: Tensor | None) -> None:
+        n, buffers, keep, sums = hidden.shape[0], self.buffers, self.needs.keep_logits, work.sums
         kept, other = buffers.student(n, tile), buffers.scratch("x", n, tile)
         x, e = (kept, other) if keep else (other, kept)
         self.student.tile(hidden, tile.start, tile.stop, x)
         if self.needs.mean_logit:
             finite = x.masked_fill(torch.isneginf(x), 0) if self.student.has_masked else x
-            out.logit_sum += finite.sum(-1).double() * self.ce_power
+            work.logit_sum += finite.sum(-1).double() * self.ce_power
         highest = x.amax(-1)
-        top = out.top[k] = _reference(highest)
+        top = work.top[k].copy_(self._reference(highest))
 
         t = dead = None
         if self.teacher is not None and tile.shared:
@@ -230,43 +244,45 @@ class FirstPass:
             t, e_t = (kept_t, other_t) if keep else (other_t, kept_t)
             self.teacher.tile(teacher_rows, tile.start, tile.stop, t)
             dead = self._dead(x, t)
-            out.masked[k] = dead is not None
             if dead is not None:
+                work.masked[k] = True
                 t.masked_fill_(dead, -torch.inf)
             highest_t = t.amax(-1)
-            out.teacher_best.update(t, highest_t, tile.start)
-            out.teacher_top[k] = _reference(highest_t)
-            t.sub_(out.teacher_top[k].unsqueeze(1))
+            work.teacher_best.update(t, highest_t, tile.start)
+            t.sub_(work.teacher_top[k].copy_(self._reference(highest_t)).unsqueeze(1))
         if tile.shared:
             visible = x if dead is None else x.masked_fill(dead, -torch.inf)
-            out.student_best.update(visible, highest if dead is None else visible.amax(-1), tile.start)
+            work.student_best.update(visible, highest if dead is None else visible.amax(-1), tile.start)
 
         x.sub_(top.unsqueeze(1))
         torch.exp(x, out=e)
-        tops = top.double()
         if tile.shared:
             e_q = e
             if self.kd_power != 1:
                 e_q = power(e, self.kd_power, buffers.scratch("power", n, tile))
             if dead is not None:
                 e_q = e_q.masked_fill(dead, 0)
-            sum_q = e_q.sum(-1).double()
-            out.log_q[k] = self.kd_power * tops + sum_q.log()
-            self._stream("q", tile, e_q, self.kd_power * tops)
+            torch.sum(e_q, -1, out=sums.q[k])
+            self._stream("q", tile, e_q, top, self.kd_power)
         if t is not None:
             torch.exp(t, out=e_t)
-            sum_p = e_t.sum(-1).double()
-            out.log_p[k] = out.teacher_top[k].double() + sum_p.log()
-            self._stream("p", tile, e_t, out.teacher_top[k].double())
-            self._compare(out, k, tile, (x, e_q, sum_q), (t, e_t, sum_p), dead)
+            torch.sum(e_t, -1, out=sums.p[k])
+            self._stream("p", tile, e_t, work.teacher_top[k], 1.0)
+            self._compare(sums, k, tile, (x, e_q), (t, e_t), dead)
             if dead is not None and not keep:
                 e_t.masked_fill_(dead, -1)  # told from a probability that underflowed
         if self.needs.cross_entropy:
             e_ce = e
             if self.ce_power != 1:
                 e_ce = power(e, self.ce_power, self._spare(x, "product", n, tile))
-            out.log_ce[k] = self.ce_power * tops + e_ce.sum(-1).double().log()
-            self._stream("ce", tile, e_ce, self.ce_power * tops)
+            torch.sum(e_ce, -1, out=sums.ce[k])
+            self._stream("ce", tile, e_ce, top, self.ce_power)
+
+    def _reference(self, highest: Tensor) -> Tensor:
+        """What to subtract from a row: its largest value `[n]`; 0 if that is `-inf`, so the row stays so."""
+        if self.student.has_masked or (self.teacher is not None and self.teacher.has_masked):
+            return highest.masked_fill(torch.isneginf(highest), 0)
+        return highest
 
     def _spare(self, used: Tensor, name: str, n: int, tile: Tile) -> Tensor:
         """A tile to write to: one that is used up, still in cache, or scratch where tiles keep the logits."""
@@ -282,54 +298,42 @@ class FirstPass:
             dead = torch.isneginf(t) if dead is None else dead | torch.isneginf(t)
         return dead if dead is not None and bool(dead.any()) else None
 
-    def _stream(self, name: str, tile: Tile, values: Tensor, reference: Tensor) -> None:
+    def _stream(self, name: str, tile: Tile, values: Tensor, top: Tensor, exponent: float) -> None:
         if self.sums is not None:
-            self.sums.add(name, tile, values, reference)
+            self.sums.add(name, tile, values, exponent * top.double())
 
     def _compare(
         self,
-        out: Statistics,
+        sums: _Sums,
         k: int,
         tile: Tile,
-        student: tuple[Tensor, Tensor, Tensor],
-        teacher: tuple[Tensor, Tensor, Tensor],
+        student: tuple[Tensor, Tensor],
+        teacher: tuple[Tensor, Tensor],
         dead: Tensor | None,
     ) -> None:
-        """KLs and entropies within one tile."""
-        (x, e_q, sum_q), (t, e_t, sum_p), needs = student, teacher, self.needs
+        """KLs and entropies within one tile. Uses up the logits, unless they are kept."""
+        (x, e_q), (t, e_t), needs = student, teacher, self.needs
         n = x.shape[0]
         if needs.entropies:
             product = self.buffers.scratch("product", n, tile)
-            for e, total, values, factor, top, mean in (
-                (e_t, sum_p, t, 1.0, out.teacher_top[k], out.teacher_mean),
-                (e_q, sum_q, x, self.kd_power, out.top[k], out.student_mean),
-            ):
+            for e, values, mean in ((e_t, t, sums.teacher_mean), (e_q, x, sums.student_mean)):
                 torch.mul(e, values, out=product)
                 if dead is not None:
                     product.masked_fill_(dead, 0)
-                mean[k] = factor * (top.double() + _ratio(product.sum(-1), total))
+                torch.sum(product, -1, out=mean[k])
         if not (needs.kl or needs.reverse_kl):
             return
         gap = torch.sub(t, x, alpha=self.kd_power, out=self._spare(t, "gap", n, tile))
         product = self._spare(x, "product", n, tile)
         if dead is not None:
             gap.masked_fill_(dead, 0)
-        shift = torch.where((sum_p > 0) & (sum_q > 0), sum_q.log() - sum_p.log(), torch.zeros_like(sum_p))
-        small: Tensor | None = None
         if needs.kl:
-            out.kl[k] = _ratio(torch.mul(gap, e_t, out=product).sum(-1), sum_p) + shift
-            small = out.kl[k] < _SMALL_KL
+            torch.sum(torch.mul(gap, e_t, out=product), -1, out=sums.gap_p[k])
         if needs.reverse_kl:
-            out.reverse_kl[k] = -_ratio(torch.mul(gap, e_q, out=product).sum(-1), sum_q) - shift
-            small = (
-                out.reverse_kl[k] < _SMALL_KL if small is None else small | (out.reverse_kl[k] < _SMALL_KL)
-            )
-        assert small is not None
-        rows = small.nonzero().squeeze(1)
+            torch.sum(torch.mul(gap, e_q, out=product), -1, out=sums.gap_q[k])
+        rows = sums.small(k, needs)
         if rows.numel():
-            forward, reverse = self._exact(rows, gap, (e_q, sum_q), (e_t, sum_p), shift)
-            out.kl[k, rows] = forward
-            out.reverse_kl[k, rows] = reverse
+            sums.exact.append((k, rows, *self._exact(rows, gap, (e_q, sums.q[k]), (e_t, sums.p[k]))))
 
     @staticmethod
     def _exact(
@@ -337,25 +341,18 @@ class FirstPass:
         gap: Tensor,
         student: tuple[Tensor, Tensor],
         teacher: tuple[Tensor, Tensor],
-        shift: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Both KLs within a tile for some rows, as `sum p (expm1(d) - d)`: no difference of large numbers."""
-        d = -(gap[rows] + shift[rows].to(gap.dtype).unsqueeze(1))
-        q, p = (e[rows] / _nonzero(total[rows]).to(e.dtype).unsqueeze(1) for e, total in (student, teacher))
+        (e_q, sum_q), (e_t, sum_p) = student, teacher
+        shift = sum_q[rows].double().log() - sum_p[rows].double().log()
+        d = -(gap[rows] + shift.to(gap.dtype).unsqueeze(1))
+        q, p = e_q[rows] / sum_q[rows].unsqueeze(1), e_t[rows] / sum_p[rows].unsqueeze(1)
         near = d.abs() < 1
         forward = torch.where(near, p * (torch.expm1(d) - d), q - p - p * d)
         reverse = torch.where(near, q * (torch.expm1(-d) + d), p - q + q * d)
         return forward.sum(-1).double(), reverse.sum(-1).double()
 
 
-def _reference(highest: Tensor) -> Tensor:
-    """What to subtract from a row: its largest value `[n]`; 0 if that is `-inf`, so the row stays so."""
-    return highest.masked_fill(torch.isneginf(highest), 0)
-
-
-def _nonzero(mass: Tensor) -> Tensor:
-    return mass.masked_fill(mass == 0, 1)
-
-
 def _ratio(total: Tensor, mass: Tensor) -> Tensor:
-    return torch.where(mass > 0, total.double() / mass, torch.zeros_like(mass))
+    ratio = total.double() / mass.double()
+    return torch.where(mass > 0, ratio, torch.zeros_like(ratio))

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .buffers import Buffers
 from .slopes import Weights
-from .statistics import Buffers, Statistics
+from .statistics import Statistics
 from .tiles import Projection, Tile
 
 
