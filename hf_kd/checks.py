@@ -317,7 +317,7 @@ def _read_columns(trainer: DistillationTrainer) -> list[str]:
 def _check_batch(trainer: DistillationTrainer, batch: dict[str, Any], report: Report) -> None:
     task, args = trainer.task, trainer.args
     columns = sorted(batch)
-    if not trainer.student_inputs({k: v for k, v in batch.items() if k not in task.labels}):
+    if not trainer.pair.student_inputs({k: v for k, v in batch.items() if k not in task.labels}):
         report.add(
             "train_dataset",
             f"The batch has the columns {columns}, but the student reads "
@@ -365,9 +365,9 @@ def _check_models_on(
     trainer.student.eval()
     try:
         with torch.random.fork_rng():
-            inputs = task.model_inputs(batch, trainer.student)
-            outputs = trainer.student(**trainer.student_inputs(inputs))
-            student = trainer.positions(outputs, batch)
+            inputs = trainer.pair.inputs(batch)
+            outputs = trainer.student(**trainer.pair.student_inputs(inputs))
+            student = trainer.pair.positions(outputs, batch)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         report.add("model", f"The student cannot run on the first batch ({type(error).__name__}: {error}).")
         return
@@ -421,23 +421,21 @@ def _check_labels(
     if not isinstance(labels, Tensor) or task.kind == "regression":
         return labels is not None
     counted = labels[labels != task.ignore_index]
-    if counted.is_floating_point():
+    multi = isinstance(task, SequenceClassification) and task.problem_type == "multi"
+    if multi:
+        classes = 2  # of each label: absent and present
+    elif counted.is_floating_point():
         report.add(
             "problem_type",
             f"labels are {counted.dtype}, but the head gives classes; use integer labels, or set "
             "problem_type to 'multi_label_classification' or 'regression' in the student's config.",
         )
         return False
-    out = counted[(counted < 0) | (counted >= classes)]
+    out = counted[(counted < 0) | (counted > classes - 1)]
     if len(out):
         name = task.labels[0]
-        worst = sorted({int(v) for v in out.tolist()})[:5]
-        multi = isinstance(task, SequenceClassification) and task.problem_type == "multi"
-        fix = (
-            "multi-label targets are 0 or 1 per label"
-            if multi
-            else "give num_labels classes, or map the labels"
-        )
+        worst = sorted(set(out.tolist()))[:5]
+        fix = "targets are probabilities" if multi else "give num_labels classes, or map the labels"
         report.add(
             name, f"{name} has the values {worst}, outside the student's classes 0 to {classes - 1}; {fix}."
         )

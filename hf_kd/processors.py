@@ -64,10 +64,10 @@ def align_processors(student: Any, teacher: Any) -> PixelMap | None:
             f"Give the teacher its own column, made by its own processor: {TEACHER_PREFIX}pixel_values or "
             f"{TEACHER_PREFIX}input_values."
         )
-    norms = [_normalisation(processor) for processor in (student, teacher)]
-    if norms[0] == norms[1] or None in norms:
+    ours, theirs = _normalisation(student), _normalisation(teacher)
+    if ours is None or theirs is None or ours == theirs:
         return None
-    return PixelMap(*norms[0], *norms[1])
+    return PixelMap(*ours, *theirs)
 
 
 # What decides which samples a model sees, and can't be undone afterwards.
@@ -78,7 +78,7 @@ _FIXED = (
 
 
 def _setting(processor: Any, name: str) -> Any:
-    value = getattr(processor, name, None)
+    value: Any = getattr(processor, name, None)
     if name in ("crop_size", "size") and not getattr(
         processor, "do_center_crop" if name == "crop_size" else "do_resize", True
     ):

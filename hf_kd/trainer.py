@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import checks, projection
+from . import checks
+from . import projection as projections
 from .alignment import AlignmentError, ClassMap
 from .callbacks import FiniteLossCallback, KLThresholdCallback
 from .checkpoints import restore_renamed
 from .config import DistillationArguments
 from .fusing import Fusion, find_fusion, is_language_model
-from .generation import generate, pad_to
 from .loading import load_model
 from .objective import (
     STATISTICS,
@@ -33,13 +32,14 @@ from .objective import (
     resolve_objective,
     select,
 )
+from .pair import Pair
+from .predictions import Generation, predictions
+from .projection import Projection
 from .records import TEACHER_FILE, check_teacher, write_options, write_teacher
 from .rows import ROW, RowCollator, RowDataset
 from .schedules import schedule
 from .tasks import Batch, Supervision, Task, resolve_task
 from .teachers import ModelTeacher, Teacher, resolve_teacher
-from .teachers.models import TEACHER_PREFIX, forward_parameters
-from .teachers.signal import named_logits
 from .terms import TermLog
 
 logger = logging.getLogger(__name__)
@@ -140,9 +140,12 @@ class DistillationTrainer(Trainer):
         )
         for note in classes.notes:
             logger.warning(note)
-        self._student_parameters = forward_parameters(self.student)
-        self.projection = self._make_projection()
-        self._generation: dict[str, Any] = {}
+        self.pair = Pair(self.student, self.teacher, self.task, device=args.device)
+        self._generation = Generation(
+            args.predict_with_generate,
+            max_length=args.generation_max_length,
+            num_beams=args.generation_num_beams,
+        )
         self._fusion: Fusion | str | None = None
         self._checked = False
         self._load_result: Any = None
@@ -151,14 +154,6 @@ class DistillationTrainer(Trainer):
         self.add_callback(FiniteLossCallback(self))
         if args.kl_threshold is not None:
             self.add_callback(KLThresholdCallback(args.kl_threshold))
-
-    def _make_projection(self) -> projection.Projection | None:
-        teacher = getattr(self.teacher, "model", None)
-        widths = [getattr(getattr(m, "config", None), "hidden_size", None) for m in (self.student, teacher)]
-        if self.task.kind != "vectors" or None in widths or widths[0] == widths[1]:
-            return None
-        made = projection.Projection(*widths)
-        return made.to(self.args.device, next(self.student.parameters()).dtype)
 
     @property
     def student(self) -> nn.Module:
@@ -183,6 +178,11 @@ class DistillationTrainer(Trainer):
             teacher_temperature=args.teacher_temperature or temperature,
         )
 
+    @property
+    def projection(self) -> Projection | None:
+        """The trained map between the widths of two encoders, if there is one."""
+        return self.pair.projection
+
     # ---- start ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -193,7 +193,7 @@ class DistillationTrainer(Trainer):
             FloatingPointError: When a term of the loss is not finite; names step, term and rows.
         """
         self.check(training=True)
-        with projection.attached(self.student, self.projection):
+        with projections.attached(self.student, self.projection):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def check(self, *, training: bool) -> None:
@@ -212,7 +212,7 @@ class DistillationTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._restore_renamed(resume_from_checkpoint)
         if self.projection is not None:
-            projection.load(self.projection, Path(resume_from_checkpoint))
+            projections.load(self.projection, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -315,12 +315,12 @@ class DistillationTrainer(Trainer):
         outputs = None
         fusion = None if return_outputs else self._fusion_for(batch)
         if fusion is not None:
-            hidden, answer = self._fused_forward(fusion, model, batch, distil=mix.alpha > 0)
+            hidden, answer = self.pair.fused(fusion, model, batch, distil=mix.alpha > 0)
             terms = fusion.terms(
                 self.objective, hidden, answer, plan.supervision, counts=counts, mix=mix, ranks=ranks
             )
         else:
-            outputs, student, teacher = self._forward(model, batch, distil=mix.alpha > 0)
+            outputs, student, teacher = self.pair.dense(model, batch, distil=mix.alpha > 0)
             terms = self.objective(
                 student,
                 teacher,
@@ -336,33 +336,16 @@ class DistillationTrainer(Trainer):
             self.terms.record(terms, rows)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
-    def _forward(self, model: nn.Module, batch: Batch, *, distil: bool) -> tuple[Any, Tensor, Tensor | None]:
-        """Run both models on their own columns; logits as `[P, C]`."""
-        inputs = self.task.model_inputs(batch, self.student)
-        outputs = model(**self.student_inputs(inputs))
-        student = self.positions(outputs, batch)
-        if not distil or self.teacher is None:
-            return outputs, student, None
-        signal = self.teacher(inputs)
-        teacher = self.task.flat(signal.logits, batch)
-        if len(teacher) != len(student):
-            raise ValueError(
-                f"The student has {len(student)} positions in this batch, the teacher {len(teacher)}: the "
-                "two models divide the input differently (patch size, stride or tokenizer), so their logits "
-                "don't correspond."
-            )
-        return outputs, student, teacher
-
     def _fusion_for(self, batch: Batch) -> Fusion | None:
         """How to do without logits, found at the first batch; None: the dense path."""
         if self._fusion is None:
-            inputs = self.task.model_inputs(batch, self.student)
+            inputs = self.pair.inputs(batch)
             self._fusion = find_fusion(
                 self.args.fused,
                 task=self.task,
                 objective=self.objective,
                 student=self.student,
-                inputs=self.student_inputs(inputs),
+                inputs=self.pair.student_inputs(inputs),
                 teacher=self.teacher if self.distils else None,
                 batch=inputs,
                 chunk_bytes=self.args.fused_chunk_mib << 20,
@@ -380,27 +363,6 @@ class DistillationTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return "the output layer is sharded."
         return "DataParallel copies the output layer." if self.args.n_gpu > 1 else None
-
-    def _fused_forward(
-        self, fusion: Fusion, model: nn.Module, batch: Batch, *, distil: bool
-    ) -> tuple[Tensor, Any]:
-        """Run both models up to their heads."""
-        inputs = self.task.model_inputs(batch, self.student)
-        hidden = fusion.run_student(lambda: model(**self.student_inputs(inputs)))
-        if not distil or self.teacher is None:
-            return hidden, None
-        return hidden, fusion.ask(self.teacher, inputs)
-
-    def positions(self, outputs: Any, batch: Batch) -> Tensor:
-        """The student's outputs as `[P, C]`, in the teacher's width where a projection is trained."""
-        values = self.task.flat(named_logits(outputs, self.task.logits), batch)
-        return values if self.projection is None else self.projection(values)
-
-    def student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of a batch that the student's forward declares; everything, if it declares nothing."""
-        if not self._student_parameters:
-            return {k: v for k, v in batch.items() if not k.startswith(TEACHER_PREFIX)}
-        return {k: v for k, v in batch.items() if k in self._student_parameters}
 
     def _custom_task_loss(self, outputs: Any, batch: Batch, counts: Counts) -> Tensor | None:
         if self.compute_loss_func is None:
@@ -452,10 +414,10 @@ class DistillationTrainer(Trainer):
         outputs = None
         with torch.no_grad(), self.compute_loss_context_manager():
             if fusion is not None:
-                hidden, answer = self._fused_forward(fusion, model, batch, distil=self.distils)
+                hidden, answer = self.pair.fused(fusion, model, batch, distil=self.distils)
                 sums = fusion.sums(self.objective, hidden, answer, supervision)
             else:
-                outputs, student, teacher = self._forward(model, batch, distil=self.distils)
+                outputs, student, teacher = self.pair.dense(model, batch, distil=self.distils)
                 sums = self.objective.evaluate(student, teacher, supervision, outputs)
         # Gathering rows, not means, drops the rows that ranks repeat to fill their last batch.
         total = self.accelerator.gather_for_metrics(sums).sum(0)
@@ -465,59 +427,23 @@ class DistillationTrainer(Trainer):
         loss = (task / count.clamp_min(1e-12)).float() if labelled else None
         if prediction_loss_only:
             return loss, None, None
-        generates = self.args.predict_with_generate
-        logits = self._generated(batch) if generates else self._predictions(outputs, ignore_keys)
+        if self._generation.wanted:
+            logits = self._generation(self.student, self.pair.student_inputs(batch))
+        else:
+            config = getattr(self.student, "config", None)
+            logits = predictions(outputs, self.task.logits, config, ignore_keys)
         labels = nested_detach(tuple(batch[name] for name in self.task.labels)) if labelled else ()
         return loss, logits, (labels[0] if len(labels) == 1 else labels) if labels else None
 
-    def _predictions(self, outputs: Any, ignore_keys: list[str] | None) -> Any:
-        """The student's outputs as `compute_metrics` sees them: without cache and hidden states."""
-        if isinstance(outputs, Tensor):
-            return outputs.detach()
-        if not isinstance(outputs, Mapping):
-            return tuple(named_logits(outputs, self.task.logits).values())
-        if ignore_keys is None:
-            config = getattr(self.model, "config", None)
-            ignore_keys = [*getattr(config, "keys_to_ignore_at_inference", ()), "past_key_values"]
-            # A config may ask for these; gathered over a data set they would fill the memory.
-            ignore_keys += [key for key in outputs if key.endswith(("hidden_states", "attentions"))]
-        kept = tuple(value for key, value in outputs.items() if key not in {"loss", *ignore_keys})
-        return kept[0] if len(kept) == 1 else kept
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer.evaluate`; further keywords go to `generate` where `predict_with_generate` is set."""
-        with self._generating(kwargs):
-            return super().evaluate(*args, **kwargs)
+        self._generation.take(kwargs)
+        return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.predict`; further keywords go to `generate` where `predict_with_generate` is set."""
-        with self._generating(kwargs):
-            return super().predict(*args, **kwargs)
-
-    @contextmanager
-    def _generating(self, kwargs: dict[str, Any]) -> Iterator[None]:
-        own = ("eval_dataset", "test_dataset", "ignore_keys", "metric_key_prefix")
-        extra = {name: kwargs.pop(name) for name in list(kwargs) if name not in own}
-        if extra and not self.args.predict_with_generate:
-            raise ValueError(
-                f"{sorted(extra)} are for generation; set predict_with_generate=True, or leave them out."
-            )
-        self._generation = {
-            "max_length": self.args.generation_max_length,
-            "num_beams": self.args.generation_num_beams,
-            **extra,
-        }
-        if "max_new_tokens" in extra:
-            self._generation["max_length"] = None
-        yield
-
-    def _generated(self, batch: Batch) -> Tensor:
-        """Token ids that the student generates, padded alike on every rank so that they can be gathered."""
-        tokens = generate(self.student, self.student_inputs(batch), **self._generation)
-        config: Any = getattr(self.student, "generation_config", None)
-        pad = config.pad_token_id if config is not None and config.pad_token_id is not None else 0
-        length = self._generation.get("max_length") or 0
-        return pad_to(tokens, length, pad)
+        self._generation.take(kwargs)
+        return super().predict(*args, **kwargs)
 
     # ---- what is saved: the student, and a record of how it was made ----
 
@@ -528,13 +454,13 @@ class DistillationTrainer(Trainer):
             folder = Path(output_dir or str(self.args.output_dir))
             write_options(folder, self)
             if _internal_call and self.projection is not None:
-                projection.save(self.projection, folder)
+                projections.save(self.projection, folder)
             if _internal_call and self.teacher is not None and self.distils:
                 write_teacher(folder / TEACHER_FILE, self.teacher.identity)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.projection is not None:
-            state_dict = projection.without(self.student.state_dict() if state_dict is None else state_dict)
+            state_dict = projections.without(self.student.state_dict() if state_dict is None else state_dict)
         super()._save(output_dir, state_dict)
 
 

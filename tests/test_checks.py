@@ -256,6 +256,15 @@ def test_threshold_without_evaluation(tmp_path: Path) -> None:
     assert "eval_strategy='no'" in text
 
 
+def test_teacher_made_of_the_student(tmp_path: Path) -> None:
+    """A teacher that shares trainable weights with the student would freeze them."""
+    student, _ = classifiers()
+    teacher = BertForSequenceClassification(bert(16, num_labels=4))
+    teacher.bert = student.bert
+    with pytest.raises(ValueError, match="shares trainable parameters"):
+        trainer(tmp_path, model=student, teacher=teacher)
+
+
 def test_teacher_is_the_student(tmp_path: Path) -> None:
     """One object for both."""
     student, _ = classifiers()

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from hf_kd import DistillationArguments, DistillationTrainer
 
-from .heads import HEADS, Collator, Head, Row, models, oracle, rows_of
+from .heads import HEADS, Collator, Head, Row, forward_row, models, oracle, rows_of
 
 
 class Gradients(TrainerCallback):
@@ -203,6 +203,23 @@ def test_unlabelled(tmp_path: Path, name: str) -> None:
     loss, grads = step(tmp_path, head, student, teacher, rows, alpha=1.0)
     assert loss > 0
     assert sum(g.abs().sum() for g in grads.values()) > 0
+
+
+def test_soft_targets_of_labels(tmp_path: Path) -> None:
+    """Labels that do not exclude each other may be probabilities."""
+    head = HEADS["multi-label"]
+    student, teacher = models(head)
+    rows = rows_of(head, 4)
+    for row in rows:
+        row["labels"] = [0.3, 0.9, 1.0]
+    _, grads = step(tmp_path, head, student, teacher, rows, alpha=0.0)
+    out = [forward_row(student, row).logits[0] for row in rows]
+    target = torch.tensor(rows[0]["labels"], dtype=torch.float64)
+    loss = nn.functional.binary_cross_entropy_with_logits(torch.stack(out), target.expand(4, 3))
+    expected = torch.autograd.grad(loss, list(student.parameters()), allow_unused=True)
+    names = [n for n, _ in student.named_parameters()]
+    zeros = {n: torch.zeros_like(p) for n, p in student.named_parameters()}
+    assert_same(grads, {n: zeros[n] if g is None else g for n, g in zip(names, expected, strict=True)})
 
 
 def test_micro_batch_without_supervision(tmp_path: Path) -> None:

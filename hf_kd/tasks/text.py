@@ -33,14 +33,11 @@ class SequenceClassification(Task):
         return torch.cat([values, torch.zeros_like(values)], dim=-1)
 
     def flat_labels(self, batch: Batch) -> Tensor | None:
-        """Class ids `[B]`, or `[B, C]`: 0 for the first class of a pair (present), 1 for absent."""
+        """Class ids `[B]`; or `[B, C]` numbers, or probabilities (0, 1 or between) of each label."""
         labels = super().flat_labels(batch)
         if labels is None or self.problem_type == "single":
             return labels
-        labels = labels.reshape(len(labels), -1)
-        if self.problem_type == "regression":
-            return labels.float()
-        return torch.where(labels == self.ignore_index, self.ignore_index, 1 - labels.long())
+        return labels.reshape(len(labels), -1).float()
 
     def labelled(self, labels: Tensor) -> Tensor:
         """A number may be any number; NaN means "no label"."""
@@ -56,9 +53,12 @@ class SequenceClassification(Task):
         return rows[:, None].expand(-1, max(int(getattr(self.config, "num_labels", 1)), 1))
 
     def task_losses(self, logits: Tensor, labels: Tensor, *, label_smoothing: float) -> Tensor:
-        """Cross-entropy, or the squared error for numbers."""
+        """Cross-entropy with a class, or with each label's probability; the squared error for numbers."""
         if self.problem_type == "regression":
             return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction="none")
+        if self.problem_type == "multi":
+            target = labels.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
+            return F.binary_cross_entropy_with_logits(logits[:, 0] - logits[:, 1], target, reduction="none")
         return super().task_losses(logits, labels, label_smoothing=label_smoothing)
 
 

@@ -47,6 +47,12 @@ def resolve_teacher(
             raise ValueError(
                 "teacher and model are the same object, which would freeze the student; pass a copy."
             )
+        trained = {id(p) for p in student.parameters() if p.requires_grad}
+        if any(id(p) in trained for p in teacher.parameters()):
+            raise ValueError(
+                "teacher shares trainable parameters with the student, which would freeze them; pass a copy "
+                "(copy.deepcopy) as the teacher."
+            )
         return ModelTeacher(teacher, task.logits, device=args.device, revision=args.teacher_revision)
     if not isinstance(teacher, Teacher):
         raise ValueError(

@@ -56,6 +56,7 @@ def test_models_that_do_not_generate(tmp_path: Path) -> None:
     made.compute_metrics = lambda prediction: {}
     with pytest.raises(ValueError, match="BertForSequenceClassification does not"):
         made.evaluate()
-    made.args.predict_with_generate = False
+    student, teacher = classifiers()
+    made = DistillationTrainer(student, arguments(tmp_path), teacher=teacher, eval_dataset=text_rows())
     with pytest.raises(ValueError, match=r"num_beams.*predict_with_generate=True"):
         made.evaluate(num_beams=2)

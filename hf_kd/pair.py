@@ -1,0 +1,93 @@
+"""Student and teacher on one batch: each gets its own columns, and what they answer is lined up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .fusing import Fusion
+from .losses.tiles import DenseTeacher, HiddenTeacher
+from .projection import Projection
+from .tasks import Batch, Task
+from .teachers.models import TEACHER_PREFIX, forward_parameters
+from .teachers.signal import Teacher, named_logits
+
+
+class Pair:
+    """The two models of a run.
+
+    Args:
+        student: The student, not wrapped.
+        teacher: The teacher, if there is one.
+        task: Their head.
+        device: Where a projection is trained.
+
+    Attributes:
+        projection: The trained map between the widths of two encoders; None where the widths agree.
+    """
+
+    def __init__(self, student: nn.Module, teacher: Teacher | None, task: Task, *, device: Any) -> None:
+        """Look at the models."""
+        self.student, self.teacher, self.task = student, teacher, task
+        self._parameters = forward_parameters(student)
+        self.projection: Projection | None = None
+        models = student, getattr(teacher, "model", None)
+        widths: list[Any] = [getattr(getattr(m, "config", None), "hidden_size", None) for m in models]
+        if task.kind == "vectors" and None not in widths and widths[0] != widths[1]:
+            dtype = next(student.parameters()).dtype
+            self.projection = Projection(*widths).to(device, dtype)
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """What both models may read: the batch without its labels."""
+        return self.task.model_inputs(batch, self.student)
+
+    def student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of a batch that the student's forward declares; everything, if it declares nothing."""
+        if not self._parameters:
+            return {k: v for k, v in batch.items() if not k.startswith(TEACHER_PREFIX)}
+        return {k: v for k, v in batch.items() if k in self._parameters}
+
+    def positions(self, outputs: Any, batch: Batch) -> Tensor:
+        """The student's outputs as `[P, C]`, in the teacher's width where a projection is trained."""
+        values = self.task.flat(named_logits(outputs, self.task.logits), batch)
+        return values if self.projection is None else self.projection(values)
+
+    def dense(self, model: nn.Module, batch: Batch, *, distil: bool) -> tuple[Any, Tensor, Tensor | None]:
+        """Run both models.
+
+        Args:
+            model: The student as it is wrapped for training: gradients are synchronised and autocast there.
+            batch: One batch.
+            distil: Whether the teacher is asked.
+
+        Returns:
+            The student's outputs, its logits `[P, C]`, and the teacher's `[P, C_t]`.
+
+        Raises:
+            ValueError: If the two have different numbers of positions.
+        """
+        inputs = self.inputs(batch)
+        outputs = model(**self.student_inputs(inputs))
+        student = self.positions(outputs, batch)
+        if not distil or self.teacher is None:
+            return outputs, student, None
+        teacher = self.task.flat(self.teacher(inputs).logits, batch)
+        if len(teacher) != len(student):
+            raise ValueError(
+                f"The student has {len(student)} positions in this batch, the teacher {len(teacher)}: the "
+                "two models divide the input differently (patch size, stride or tokenizer), so their logits "
+                "don't correspond."
+            )
+        return outputs, student, teacher
+
+    def fused(
+        self, fusion: Fusion, model: nn.Module, batch: Batch, *, distil: bool
+    ) -> tuple[Tensor, HiddenTeacher | DenseTeacher | None]:
+        """Run both models up to their heads: the student's hidden states `[B, L, H]`, and the answer."""
+        inputs = self.inputs(batch)
+        hidden = fusion.run_student(lambda: model(**self.student_inputs(inputs)))
+        if not distil or self.teacher is None:
+            return hidden, None
+        return hidden, fusion.ask(self.teacher, inputs)
