@@ -320,7 +320,9 @@ def show(results: dict[str, Any], console: Console) -> None:
     console.print(f"Memory ratio not to exceed: {MEMORY_TARGET}.")
     about = results["machine"]
     hardware = f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, {about['device']}"
-    console.print(f"{hardware}, torch {about['versions']['torch']}")
+    console.print(
+        f"{hardware}, load {results['load_average']:.1f} before, torch {about['versions']['torch']}"
+    )
 
 
 def main() -> None:
@@ -337,6 +339,7 @@ def main() -> None:
     if options.peak:
         print(json.dumps(peak(options.workload, options.peak, options.steps)))
         return
+    load = os.getloadavg()[0]
     chosen = [options.workload] if options.workload else list(WORKLOADS)
     found = {
         name: {
@@ -347,6 +350,7 @@ def main() -> None:
     }
     results = {
         "machine": machine("cpu"),
+        "load_average": load,
         "targets": {"speed": SPEED_TARGET, "memory": MEMORY_TARGET, "step_ms": STEP_TARGET_MS},
         "workloads": found,
     }
