@@ -16,12 +16,20 @@ from torch import Tensor, nn
 from .losses.evaluation import fused_evaluation
 from .losses.fused import FUSED_DIVERGENCES, fused_distillation
 from .losses.heads import HeadSpec, UnsupportedHead, find_head, head_inputs
-from .losses.tiles import DenseTeacher, HiddenTeacher
+from .losses.tiles import DenseTeacher, Head, HiddenTeacher
 from .objective import STATISTICS, Counts, Mix, Objective, Terms
 from .tasks import Supervision, Task
 from .tasks.text import CausalLM, Seq2SeqLM
 from .teachers.models import ModelTeacher
 from .teachers.signal import Teacher
+
+
+@dataclass(frozen=True)
+class HiddenStudent:
+    """What the student's head was given, `[B, L, H]`, and the head."""
+
+    hidden: Tensor
+    head: Head
 
 
 @dataclass(frozen=True)
@@ -38,11 +46,11 @@ class Fusion:
     teacher: HeadSpec | None
     chunk_bytes: int
 
-    def run_student(self, forward: Callable[[], Any]) -> Tensor:
-        """The head's input `[B, L, H]` for one call of the student's forward."""
+    def run_student(self, forward: Callable[[], Any]) -> HiddenStudent:
+        """The head's input `[B, L, H]`, and the head, for one call of the student's forward."""
         with head_inputs(self.student) as captured:
             forward()
-        return captured[-1]
+        return HiddenStudent(*captured[-1])
 
     def ask(self, teacher: Teacher, batch: Mapping[str, Any]) -> HiddenTeacher | DenseTeacher:
         """The teacher's answer: its head's input, or its logits."""
@@ -50,12 +58,12 @@ class Fusion:
             return DenseTeacher(teacher(batch).logits["logits"])
         with head_inputs(self.teacher) as captured:
             teacher(batch)
-        return HiddenTeacher(captured[-1], self.teacher.head())
+        return HiddenTeacher(*captured[-1])
 
     def terms(
         self,
         objective: Objective,
-        hidden: Tensor,
+        student: HiddenStudent,
         teacher: HiddenTeacher | DenseTeacher | None,
         supervision: Supervision,
         *,
@@ -66,10 +74,10 @@ class Fusion:
         """One micro-batch's share of the loss; equal to `Objective.__call__` on the two models' logits."""
         labels = supervision.labels
         if labels is None and mix.alpha < 1.0:
-            labels = torch.full(supervision.kd_weight.shape, -100, device=hidden.device)
+            labels = torch.full(supervision.kd_weight.shape, -100, device=student.hidden.device)
         fused = fused_distillation(
-            hidden.reshape(-1, hidden.shape[-1]),
-            self.student.head(),
+            student.hidden.reshape(-1, student.hidden.shape[-1]),
+            student.head,
             teacher=_flat(teacher),
             labels=labels,
             alpha=mix.alpha,
@@ -95,14 +103,15 @@ class Fusion:
     def sums(
         self,
         objective: Objective,
-        hidden: Tensor,
+        student: HiddenStudent,
         teacher: HiddenTeacher | DenseTeacher | None,
         supervision: Supervision,
     ) -> Tensor:
         """Sums per batch row, as `Objective.evaluate` gives them."""
+        hidden = student.hidden
         seen = fused_evaluation(
             hidden.reshape(-1, hidden.shape[-1]),
-            self.student.head(),
+            student.head,
             teacher=_flat(teacher),
             labels=supervision.labels,
             mask=(supervision.kd_weight > 0) | (supervision.task_weight > 0),

@@ -10,7 +10,7 @@ by the number of ranks. The gradient of a step then depends on the examples in i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -75,10 +75,12 @@ def select(supervisions: list[Supervision]) -> list[Selection]:
     """Find the indices of counting positions, with one device synchronisation for all batches together."""
     masks = [(s.task_weight > 0, s.kd_weight > 0) for s in supervisions]
     sizes = torch.stack([torch.stack([m.sum() for m in pair]) for pair in masks]).tolist()
-    return [
-        Selection(*(_indices(mask, int(size)) for mask, size in zip(pair, row, strict=True)))
-        for pair, row in zip(masks, sizes, strict=True)
-    ]
+    found = []
+    for supervision, (task, kd), (task_size, kd_size) in zip(supervisions, masks, sizes, strict=True):
+        index = _indices(kd, int(kd_size))
+        same = supervision.task_weight.data_ptr() == supervision.kd_weight.data_ptr()
+        found.append(Selection(index if same else _indices(task, int(task_size)), index))
+    return found
 
 
 def _indices(mask: Tensor, size: int) -> Tensor | None:
@@ -134,6 +136,16 @@ class Objective:
             task: A task term computed elsewhere (already divided by the global count); None: computed here.
             outputs: What the student returned, for task losses that read more than logits.
         """
+        if selection.kd is not None and selection.task is selection.kd:
+            # Both terms read the same positions: large logits are gathered once.
+            index, selection = selection.kd, Selection(None, None)
+            student, teacher = take(student, index), None if teacher is None else take(teacher, index)
+            supervision = replace(
+                supervision,
+                labels=take(supervision.labels, index),
+                task_weight=take(supervision.task_weight, index),
+                kd_weight=take(supervision.kd_weight, index),
+            )
         if task is None and mix.alpha < 1.0 and supervision.labels is not None:
             terms = self.task.task_terms(outputs, student, supervision, selection.task, self.label_smoothing)
             task = (terms.losses * terms.weight).sum() / counts.task.clamp_min(_TINY)

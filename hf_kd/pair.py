@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .fusing import Fusion
+from .fusing import Fusion, HiddenStudent
 from .losses.tiles import DenseTeacher, HiddenTeacher
 from .projection import Projection
 from .tasks import Batch, Task
@@ -84,10 +84,10 @@ class Pair:
 
     def fused(
         self, fusion: Fusion, model: nn.Module, batch: Batch, *, distil: bool
-    ) -> tuple[Tensor, HiddenTeacher | DenseTeacher | None]:
+    ) -> tuple[HiddenStudent, HiddenTeacher | DenseTeacher | None]:
         """Run both models up to their heads: the student's hidden states `[B, L, H]`, and the answer."""
         inputs = self.inputs(batch)
-        hidden = fusion.run_student(lambda: model(**self.student_inputs(inputs)))
+        student = fusion.run_student(lambda: model(**self.student_inputs(inputs)))
         if not distil or self.teacher is None:
-            return hidden, None
-        return hidden, fusion.ask(self.teacher, inputs)
+            return student, None
+        return student, fusion.ask(self.teacher, inputs)

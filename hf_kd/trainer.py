@@ -360,8 +360,8 @@ class DistillationTrainer(Trainer):
             return "compute_loss_func reads logits."
         if self.args.torch_compile:
             return "torch_compile compiles the head too (compile the body instead: model.model.compile())."
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return "the output layer is sharded."
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
+            return "DeepSpeed and FSDP 1 keep the output layer in pieces (FSDP 2 does not in the forward)."
         return "DataParallel copies the output layer." if self.args.n_gpu > 1 else None
 
     def _custom_task_loss(self, outputs: Any, batch: Batch, counts: Counts) -> Tensor | None:

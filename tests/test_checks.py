@@ -12,7 +12,14 @@ from datasets import Dataset
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import BertForSequenceClassification, BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from hf_kd import DistillationTrainer, checks
 
@@ -275,11 +282,22 @@ def test_teacher_is_the_student(tmp_path: Path) -> None:
 def test_unknown_head(tmp_path: Path) -> None:
     """A head that is not known: the three things to supply."""
 
-    class Odd(BertForSequenceClassification):
+    class Odd(PreTrainedModel):
+        config_class = BertConfig
+
+        def __init__(self, config: BertConfig) -> None:
+            super().__init__(config)
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.layer(input_ids)
+
+    class Derived(BertForSequenceClassification):
         pass
 
     with pytest.raises(ValueError, match=r"logits=.*labels=.*mask="):
         trainer(tmp_path, model=Odd(bert(16, num_labels=4)))
+    assert trainer(tmp_path, model=Derived(bert(16, num_labels=4))).task.name == "sequence-classification"
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:

@@ -80,3 +80,29 @@ def test_evaluation_is_exact(two_ranks: dict[str, Any], tmp_path: Path) -> None:
         assert metrics["eval_kl"] == pytest.approx(float(kl), rel=1e-9)
         for name in ("eval_loss", "eval_kl", "eval_agreement", "eval_teacher_entropy"):
             assert two_ranks["evaluate"][name] == pytest.approx(metrics[name], rel=1e-9)
+
+
+def test_sharded_heads(tmp_path: Path) -> None:
+    """FSDP 2 shards both models, output layers included; the fused gradient is that of one process."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "tests" / "fsdp_ranks.py"),
+        str(tmp_path),
+    ]
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    head = HEADS["causal-lm"]
+    student, teacher = models(head)
+    expected = oracle(head, student, teacher, rows_of(head, 8))[1]
+    assert_same(torch.load(tmp_path / "grads.pt", weights_only=True), expected)

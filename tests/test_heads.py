@@ -68,10 +68,10 @@ def test_head_and_its_input_give_the_models_own_logits(name):
     model, batch = make(name)
     wanted = model(**batch).logits
     spec = find_head(model, batch)
-    with head_inputs(spec) as hidden:
+    with head_inputs(spec) as captured:
         model(**batch)
-    head = spec.head()
-    z = head.scale * (hidden[0] @ head.weight.T + (0 if head.bias is None else head.bias))
+    hidden, head = captured[0]
+    z = head.scale * (hidden @ head.weight.T + (0 if head.bias is None else head.bias))
     z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
     torch.testing.assert_close(z, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model(**batch).logits, wanted)  # nothing is left behind
@@ -87,9 +87,9 @@ def test_fused_step_has_the_dense_gradient(name):
     logits = other(**batch).logits.flatten(0, 1)
     nn.functional.cross_entropy(logits, labels.flatten()).backward()
     spec = find_head(model, batch)
-    with head_inputs(spec) as hidden:
+    with head_inputs(spec) as captured:
         model(**batch)
-    fused_distillation(hidden[0], spec.head(), labels=labels, alpha=0.0).loss.backward()
+    fused_distillation(*captured[0], labels=labels, alpha=0.0).loss.backward()
     for (key, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
         grad = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
         torch.testing.assert_close(
@@ -110,9 +110,9 @@ def test_lora_on_the_head():
     wanted = torch.autograd.grad(
         nn.functional.cross_entropy(logits, labels), [p for p in model.parameters() if p.requires_grad]
     )
-    with head_inputs(spec) as hidden:
+    with head_inputs(spec) as captured:
         model(**batch)
-    fused_distillation(hidden[0], spec.head(), labels=batch["input_ids"], alpha=0.0).loss.backward()
+    fused_distillation(*captured[0], labels=batch["input_ids"], alpha=0.0).loss.backward()
     found = [p.grad for p in model.parameters() if p.requires_grad]
     torch.testing.assert_close(found, list(wanted), rtol=1e-3, atol=1e-6)
 

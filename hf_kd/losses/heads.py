@@ -44,12 +44,17 @@ class HeadSpec:
     softcap: float | None = None
     bias_owner: nn.Module | None = None
 
-    def head(self) -> Head:
-        """The head as it is now: its tensors are the parameters themselves, so gradients reach them."""
-        weight, bias = _weight_and_bias(self.linear)
-        if self.bias_owner is not None:
+    def head(self, *, bias: Any = None) -> Head:
+        """The head as it is now: its tensors are the parameters themselves, so gradients reach them.
+
+        Args:
+            bias: What is added to the logits, `[1, V]`; by default that of `bias_owner`.
+        """
+        extra: Any = bias
+        if extra is None and self.bias_owner is not None:
             extra = self.bias_owner.final_logits_bias
-            assert isinstance(extra, Tensor)
+        weight, bias = _weight_and_bias(self.linear)
+        if extra is not None:
             bias = extra.reshape(-1) if bias is None else bias + extra.reshape(-1)
         return Head(weight, bias, self.softcap, self.scale)
 
@@ -71,13 +76,8 @@ def find_head(model: nn.Module, batch: Mapping[str, Any]) -> HeadSpec:
     linear = None if getter is None else getter()
     if linear is None:
         raise UnsupportedHead(f"{type(model).__name__} has no output embedding.")
-    weight, bias = _weight_and_bias(linear)
-    probe, answer, seen = _probe(model, linear, batch)
-    hidden, output = seen
-    with torch.no_grad():
-        own = nn.functional.linear(
-            hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        )
+    _weight_and_bias(linear)
+    probe, answer, own, output = _probe(model, linear, batch)
     if own.shape != output.shape or not torch.allclose(own.float(), output.float(), rtol=1e-2, atol=1e-2):
         raise UnsupportedHead(
             f"The output layer of {type(model).__name__} adds something to its linear part."
@@ -97,21 +97,23 @@ def find_head(model: nn.Module, batch: Mapping[str, Any]) -> HeadSpec:
 
 
 @contextlib.contextmanager
-def head_inputs(spec: HeadSpec) -> Iterator[list[Tensor]]:
+def head_inputs(spec: HeadSpec) -> Iterator[list[tuple[Tensor, Head]]]:
     """Let the model's own forward stop short of its logits.
 
-    Within the context, each call of the model, however it is wrapped, adds the hidden states `[..., H]` that
-    its head was given to the list, with their graph; its `logits` are placeholders with one class. Call it
+    Within the context, each call of the model, however it is wrapped, adds to the list the hidden states
+    `[..., H]` that its head was given, with their graph, and the head as it was then: where FSDP shards the
+    parameters, they are whole only in the forward. Its `logits` are placeholders with one class. Call it
     without `labels`.
     """
-    captured: list[Tensor] = []
+    captured: list[tuple[Tensor, Head]] = []
 
     def stand_in(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        captured.append(hidden)
+        captured.append((hidden, spec.head(bias=extra)))
         # DDP looks for unused parameters in the graph of what the forward returns: the head's must be there.
         touched = [p.reshape(-1)[:1].sum() for p in spec.linear.parameters() if p.requires_grad]
         return hidden[..., :1] + sum(touched, hidden.new_zeros(()))
 
+    extra = None if spec.bias_owner is None else spec.bias_owner.final_logits_bias
     with contextlib.ExitStack() as stack:
         stack.enter_context(_patched(spec.linear, "forward", stand_in))
         if spec.bias_owner is not None:
@@ -167,18 +169,21 @@ def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def _probe(
     model: nn.Module, linear: nn.Module, batch: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the model with known logits in the head's place.
 
     Returns:
-        The known logits, the model's `logits`, and the head's true input and output.
+        The known logits, the model's `logits`, the output of the head's linear part, and its true output.
     """
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def substitute(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         g = torch.Generator().manual_seed(0)
         known = torch.randn(output.shape, generator=g).mul_(_PROBE_STD).to(output)
-        calls.append((known, arguments[0], output))
+        weight, bias = _weight_and_bias(linear)
+        hidden = arguments[0]
+        own_bias = None if bias is None else bias.to(hidden.dtype)
+        calls.append((known, nn.functional.linear(hidden, weight.to(hidden.dtype), own_bias), output))
         return known.clone()
 
     handle = linear.register_forward_hook(substitute)
@@ -197,8 +202,8 @@ def _probe(
     logits = getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor):
         raise UnsupportedHead(f"{type(model).__name__} returns no `logits`.")
-    known, hidden, output = calls[0]
-    return known, logits, (hidden, output)
+    known, own, output = calls[0]
+    return known, logits, own, output
 
 
 def _recognise(model: nn.Module, linear: nn.Module, z: Tensor, y: Tensor) -> HeadSpec | None:

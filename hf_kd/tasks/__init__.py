@@ -180,7 +180,9 @@ def resolve_task(task: str | Task | None, model: Any, *, supervise: str = "auto"
 
 
 def _found_task(base: Any, config: Any) -> str:
-    name = task_of_class(type(base).__name__)
+    # FSDP and users derive classes from Transformers' own; the head is the ancestor's.
+    names = (task_of_class(ancestor.__name__) for ancestor in type(base).__mro__)
+    name = next((name for name in names if name is not None), None)
     if name is None and config is None:
         return "sequence-classification"  # a plain module that returns [B, C] logits
     if name == "image-text" and getattr(config, "model_type", "") in _PAIRWISE:
