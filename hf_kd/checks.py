@@ -6,183 +6,21 @@ import itertools
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .alignment import (
-    PLACE_TASKS,
-    VOCABULARY_TASKS,
-    AlignmentError,
-    ClassMap,
-    align_labels,
-    align_vocabulary,
-    first_difference,
-    tokenizer_of,
-)
+from .findings import Report
+from .matching import first_eval_dataset
 from .objective import counts_of
-from .processors import PixelMap, align_processors
 from .rows import ROW
 from .tasks import Batch, SequenceClassification, Supervision
 from .teachers.models import TEACHER_PREFIX, ModelTeacher, forward_parameters
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from .trainer import DistillationTrainer
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that would make the run wrong.
-
-    Attributes:
-        option: The option or column to change.
-        message: What is wrong, with the values, and the fix.
-    """
-
-    option: str
-    message: str
-
-
-@dataclass
-class Report:
-    """What the checks found.
-
-    Attributes:
-        problems: What has to change before training.
-        warnings: What is probably not meant.
-        facts: What was resolved, as (name, value) rows.
-        example: One decoded example: (token, whether it counts) pairs, for token tasks.
-    """
-
-    problems: list[Problem] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    facts: list[tuple[str, str]] = field(default_factory=list)
-    models: list[tuple[str, str, str]] = field(default_factory=list)
-    terms: list[tuple[str, str]] = field(default_factory=list)
-    example: list[tuple[str, bool]] = field(default_factory=list)
-
-    def add(self, option: str, message: str) -> None:
-        """Note a problem."""
-        self.problems.append(Problem(option, message))
-
-    def raise_problems(self) -> None:
-        """Raise one `ValueError` that lists every problem, or return if there is none."""
-        if not self.problems:
-            return
-        if len(self.problems) == 1:
-            raise ValueError(self.problems[0].message)
-        lines = "\n".join(f"  {i}. {p.message}" for i, p in enumerate(self.problems, 1))
-        raise ValueError(f"{len(self.problems)} problems before step 0:\n{lines}")
-
-    def render(self, console: Console) -> None:
-        """Print the report: models side by side, terms, supervision, an example, problems."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table("", "teacher", "student", title="Models", title_justify="left")
-        for row in self.models:
-            table.add_row(*row)
-        console.print(table)
-        table = Table("weight", "term", title="Loss", title_justify="left")
-        for term in self.terms:
-            table.add_row(*term)
-        console.print(table)
-        for name, value in self.facts:
-            console.print(Text.assemble((f"{name}: ", "bold"), value))
-        if self.example:
-            text = Text("first example (what counts is underlined): ")
-            for token, counts in self.example:
-                text.append(token, style="bold underline" if counts else "dim")
-            console.print(text)
-        for warning in self.warnings:
-            console.print(Text(f"warning: {warning}", style="yellow"))
-        for i, problem in enumerate(self.problems, 1):
-            console.print(Text(f"problem {i}: {problem.message}", style="red"))
-        if not self.problems:
-            console.print(Text("no problems found", style="green"))
-
-
-def align(trainer: DistillationTrainer) -> ClassMap:
-    """How the teacher's classes correspond to the student's.
-
-    Raises:
-        AlignmentError: If they don't.
-    """
-    teacher = trainer.teacher
-    if not isinstance(teacher, ModelTeacher) or trainer.task.name in PLACE_TASKS:
-        return ClassMap()
-    student_config, teacher_config = (getattr(m, "config", None) for m in (trainer.student, teacher.model))
-    if student_config is None or teacher_config is None:
-        return ClassMap()
-    if trainer.task.name not in VOCABULARY_TASKS:
-        return align_labels(student_config, teacher_config)
-    sizes = _vocab_size(trainer.student), _vocab_size(teacher.model)
-    return align_vocabulary(*sizes, trainer.processing_class, _teacher_processor(trainer, teacher))
-
-
-def align_inputs(trainer: DistillationTrainer) -> PixelMap | None:
-    """What the teacher does to the student's pixels before it reads them; None: nothing.
-
-    Raises:
-        AlignmentError: If the two models' inputs differ in a way that can't be undone, and the data has no
-            `teacher_` columns.
-    """
-    teacher = trainer.teacher
-    if not isinstance(teacher, ModelTeacher) or any(c.startswith(TEACHER_PREFIX) for c in _columns(trainer)):
-        return None
-    processors = trainer.processing_class, _teacher_processor(trainer, teacher)
-    tokenizers = [tokenizer_of(processor) for processor in processors]
-    difference = None if None in tokenizers else first_difference(*tokenizers)
-    if difference is not None and trainer.task.name not in VOCABULARY_TASKS:
-        raise AlignmentError(
-            f"processing_class: student and teacher use different tokenizers ({difference}). Give the "
-            f"teacher its own columns, made by its tokenizer: {TEACHER_PREFIX}input_ids, "
-            f"{TEACHER_PREFIX}attention_mask."
-        )
-    return align_processors(*processors)
-
-
-def _teacher_processor(trainer: DistillationTrainer, teacher: ModelTeacher) -> Any:
-    return trainer.teacher_processing_class or _processor_beside(teacher.model)
-
-
-def _vocab_size(model: nn.Module) -> int:
-    find: Any = getattr(model, "get_output_embeddings", None)
-    head = find() if find is not None else None
-    weight = getattr(head, "weight", None)
-    if weight is not None:
-        return int(weight.shape[0])
-    return int(model.config.get_text_config(decoder=True).vocab_size)  # type: ignore[union-attr,operator]
-
-
-def _processor_beside(model: nn.Module) -> Any:
-    """The processor in the folder or cache that a model was loaded from, or None. Never asks the network."""
-    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
-
-    name = getattr(model, "name_or_path", "")
-    autos: dict[str, Any] = {
-        "input_ids": AutoTokenizer,
-        "pixel_values": AutoImageProcessor,
-        "input_values": AutoFeatureExtractor,
-        "input_features": AutoFeatureExtractor,
-    }
-    auto = autos.get(getattr(model, "main_input_name", "input_ids"))
-    if not name or auto is None:
-        return None
-    try:
-        return auto.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
-
-
-def _columns(trainer: DistillationTrainer) -> list[str]:
-    dataset = trainer.train_dataset if trainer.train_dataset is not None else _first_eval(trainer)
-    return list(getattr(dataset, "column_names", None) or [])
 
 
 def inspect(trainer: DistillationTrainer, *, training: bool = True) -> Report:
@@ -200,7 +38,9 @@ def inspect(trainer: DistillationTrainer, *, training: bool = True) -> Report:
     if training:
         _check_options(trainer, report)
     name, dataset = (
-        ("train_dataset", trainer.train_dataset) if training else ("eval_dataset", _first_eval(trainer))
+        ("train_dataset", trainer.train_dataset)
+        if training
+        else ("eval_dataset", first_eval_dataset(trainer))
     )
     if dataset is None:
         if training:
@@ -213,11 +53,6 @@ def inspect(trainer: DistillationTrainer, *, training: bool = True) -> Report:
     if batch is not None:
         _check_batch(trainer, batch, report)
     return report
-
-
-def _first_eval(trainer: DistillationTrainer) -> Any:
-    dataset = trainer.eval_dataset
-    return next(iter(dataset.values()), None) if isinstance(dataset, dict) else dataset
 
 
 def _check_options(trainer: DistillationTrainer, report: Report) -> None:

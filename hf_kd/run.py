@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_kd import checks, measure, report
 from hf_kd.config import DistillationArguments
 from hf_kd.data.prepare import Prepared
+from hf_kd.findings import Problem
 from hf_kd.metrics import perplexity
 from hf_kd.options import DistillationOptions, RunOptions
 from hf_kd.results import Arm, Latency, Results
@@ -66,7 +67,7 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
     return results
 
 
-def check(run: RunOptions, args: DistillationArguments, *, launch: str) -> list[checks.Problem]:
+def check(run: RunOptions, args: DistillationArguments, *, launch: str) -> list[Problem]:
     """Print what a run would do and everything that is wrong with it, without training.
 
     Args:

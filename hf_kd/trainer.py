@@ -22,6 +22,7 @@ from .checkpoints import restore_renamed
 from .config import DistillationArguments
 from .fusing import Fusion, find_fusion, is_language_model
 from .loading import load_model
+from .matching import match_classes, match_inputs
 from .objective import (
     STATISTICS,
     Counts,
@@ -125,9 +126,9 @@ class DistillationTrainer(Trainer):
         self.alignment_problem: AlignmentError | None = None
         classes = ClassMap()
         try:
-            classes = checks.align(self)
+            classes = match_classes(self)
             if isinstance(self.teacher, ModelTeacher):
-                self.teacher.pixels = checks.align_inputs(self)
+                self.teacher.pixels = match_inputs(self)
         except AlignmentError as error:
             # Reported with every other problem when training or evaluation starts.
             self.alignment_problem = error

@@ -1,0 +1,107 @@
+"""How the two models of a trainer correspond: their classes, and what their processors make."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .alignment import (
+    PLACE_TASKS,
+    VOCABULARY_TASKS,
+    AlignmentError,
+    ClassMap,
+    align_labels,
+    align_vocabulary,
+    first_difference,
+    tokenizer_of,
+)
+from .processors import PixelMap, align_processors
+from .teachers.models import TEACHER_PREFIX, ModelTeacher
+
+if TYPE_CHECKING:
+    from .trainer import DistillationTrainer
+
+
+def match_classes(trainer: DistillationTrainer) -> ClassMap:
+    """How the teacher's classes correspond to the student's.
+
+    Raises:
+        AlignmentError: If they don't.
+    """
+    teacher = trainer.teacher
+    if not isinstance(teacher, ModelTeacher) or trainer.task.name in PLACE_TASKS:
+        return ClassMap()
+    student_config, teacher_config = (getattr(m, "config", None) for m in (trainer.student, teacher.model))
+    if student_config is None or teacher_config is None:
+        return ClassMap()
+    if trainer.task.name not in VOCABULARY_TASKS:
+        return align_labels(student_config, teacher_config)
+    sizes = _vocab_size(trainer.student), _vocab_size(teacher.model)
+    return align_vocabulary(*sizes, trainer.processing_class, _teacher_processor(trainer, teacher))
+
+
+def match_inputs(trainer: DistillationTrainer) -> PixelMap | None:
+    """What the teacher does to the student's pixels before it reads them; None: nothing.
+
+    Raises:
+        AlignmentError: If the two models' inputs differ in a way that can't be undone, and the data has no
+            `teacher_` columns.
+    """
+    teacher = trainer.teacher
+    if not isinstance(teacher, ModelTeacher) or any(c.startswith(TEACHER_PREFIX) for c in _columns(trainer)):
+        return None
+    processors = trainer.processing_class, _teacher_processor(trainer, teacher)
+    tokenizers = [tokenizer_of(processor) for processor in processors]
+    difference = None if None in tokenizers else first_difference(*tokenizers)
+    if difference is not None and trainer.task.name not in VOCABULARY_TASKS:
+        raise AlignmentError(
+            f"processing_class: student and teacher use different tokenizers ({difference}). Give the "
+            f"teacher its own columns, made by its tokenizer: {TEACHER_PREFIX}input_ids, "
+            f"{TEACHER_PREFIX}attention_mask."
+        )
+    return align_processors(*processors)
+
+
+def _teacher_processor(trainer: DistillationTrainer, teacher: ModelTeacher) -> Any:
+    return trainer.teacher_processing_class or _processor_beside(teacher.model)
+
+
+def _vocab_size(model: nn.Module) -> int:
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    weight = getattr(head, "weight", None)
+    if weight is not None:
+        return int(weight.shape[0])
+    return int(model.config.get_text_config(decoder=True).vocab_size)  # type: ignore[union-attr,operator]
+
+
+def _processor_beside(model: nn.Module) -> Any:
+    """The processor in the folder or cache that a model was loaded from, or None. Never asks the network."""
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+
+    name = getattr(model, "name_or_path", "")
+    autos: dict[str, Any] = {
+        "input_ids": AutoTokenizer,
+        "pixel_values": AutoImageProcessor,
+        "input_values": AutoFeatureExtractor,
+        "input_features": AutoFeatureExtractor,
+    }
+    auto = autos.get(getattr(model, "main_input_name", "input_ids"))
+    if not name or auto is None:
+        return None
+    try:
+        return auto.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
+def _columns(trainer: DistillationTrainer) -> list[str]:
+    dataset = trainer.train_dataset if trainer.train_dataset is not None else first_eval_dataset(trainer)
+    return list(getattr(dataset, "column_names", None) or [])
+
+
+def first_eval_dataset(trainer: DistillationTrainer) -> Any:
+    """The evaluation data, or the first of several sets; None if there is none."""
+    dataset = trainer.eval_dataset
+    return next(iter(dataset.values()), None) if isinstance(dataset, dict) else dataset
