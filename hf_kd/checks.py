@@ -172,6 +172,13 @@ def _check_batch(trainer: DistillationTrainer, batch: dict[str, Any], report: Re
             f"{' / '.join(repr(name) for name in task.labels)} column (it has {columns}). Set alpha=1 to "
             "distil without labels, or add the column.",
         )
+    if supervision.labels is None and args.metric_for_best_model in ("loss", "eval_loss"):
+        report.add(
+            "metric_for_best_model",
+            f"metric_for_best_model={args.metric_for_best_model!r} is the task loss, which data without "
+            "labels does "
+            "not have; set metric_for_best_model='kl' and greater_is_better=False.",
+        )
     counts = counts_of([supervision]).tolist()
     report.facts.append(
         (

@@ -72,8 +72,7 @@ def load_model(
             f"{role}={name_or_path!r} has no weights for "
             f"{', '.join(absent[:4])}{' ...' if len(absent) > 4 else ''}: "
             f"that part of {type(model).__name__} would be random. Fine-tune the {role} on the task first, "
-            "or "
-            "choose a checkpoint that was."
+            "or choose a checkpoint that was."
         )
     return model
 

@@ -559,6 +559,13 @@ def naive_divergence(name: str, q: Tensor, p: Tensor) -> Tensor:
     def kl(a: Tensor, b: Tensor) -> Tensor:
         return (a * (a.log() - b.log())).sum()
 
+    def centred(a: Tensor) -> Tensor:
+        return a.log() - a.log().mean()
+
+    def alpha_beta(a: float, b: float) -> Tensor:
+        mixed = a / (a + b) * p ** (a + b) + b / (a + b) * q ** (a + b)
+        return (mixed - p**a * q**b).sum() / (a * b)
+
     m = 0.5 * (p + q)
     return {
         "forward_kl": lambda: kl(p, q),
@@ -568,6 +575,8 @@ def naive_divergence(name: str, q: Tensor, p: Tensor) -> Tensor:
         "skew_kl": lambda: kl(p, 0.1 * p + 0.9 * q),
         "skew_reverse_kl": lambda: kl(q, 0.1 * q + 0.9 * p),
         "tvd": lambda: 0.5 * (p - q).abs().sum(),
+        "logit_mse": lambda: (centred(q) - centred(p)).square().mean(),
+        "alpha_beta": lambda: alpha_beta(0.2, 0.7),
     }[name]()
 
 

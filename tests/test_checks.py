@@ -178,6 +178,23 @@ def test_missing_labels(tmp_path: Path) -> None:
     assert "alpha=1" in text
 
 
+def test_best_model_without_labels(tmp_path: Path) -> None:
+    """Trap 24: without labels the best model can be chosen by the KL, not by a loss that is not there."""
+    rows = text_rows().remove_columns("labels")
+    options = {
+        "alpha": 1.0,
+        "load_best_model_at_end": True,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+    }
+    parts = {"train_dataset": rows, "eval_dataset": rows}
+    assert "metric_for_best_model='kl'" in problems(trainer(tmp_path, **parts, options=options))
+    best = {**options, "metric_for_best_model": "kl", "greater_is_better": False}
+    made = trainer(tmp_path, **parts, options=best)
+    made.train()
+    assert made.state.best_metric == made.evaluate()["eval_kl"]
+
+
 def test_missing_input_column(tmp_path: Path) -> None:
     """A data set without the columns that the models read."""
     text = problems(trainer(tmp_path, train_dataset=text_rows().rename_column("input_ids", "ids")))
