@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from .trainer import DistillationTrainer
 
 
-def inspect(trainer: DistillationTrainer, *, training: bool = True) -> Report:
+def inspect(
+    trainer: DistillationTrainer, *, training: bool = True, teacher_is_trained: bool = True
+) -> Report:
     """Look at models, options and the first batch of a trainer; train nothing.
 
     Args:
         trainer: What would be run.
         training: Also check what only training needs.
+        teacher_is_trained: Whether the teacher is as it will be; otherwise its score says nothing yet.
     """
     report = Report()
     if trainer.alignment_problem is not None:
@@ -51,7 +54,7 @@ def inspect(trainer: DistillationTrainer, *, training: bool = True) -> Report:
         return report
     batch = _first_batch(trainer, dataset, name, report)
     if batch is not None:
-        _check_batch(trainer, batch, report)
+        _check_batch(trainer, batch, report, teacher_is_trained)
     return report
 
 
@@ -149,7 +152,9 @@ def _read_columns(trainer: DistillationTrainer) -> list[str]:
     return sorted({*forward_parameters(trainer.student), *plain})
 
 
-def _check_batch(trainer: DistillationTrainer, batch: dict[str, Any], report: Report) -> None:
+def _check_batch(
+    trainer: DistillationTrainer, batch: dict[str, Any], report: Report, teacher_is_trained: bool
+) -> None:
     task, args = trainer.task, trainer.args
     columns = sorted(batch)
     if not trainer.pair.student_inputs({k: v for k, v in batch.items() if k not in task.labels}):
@@ -194,14 +199,17 @@ def _check_batch(trainer: DistillationTrainer, batch: dict[str, Any], report: Re
             "Check the preprocessing, or set alpha=1 and supervise='all' to distil without labels.",
         )
         return
-    _check_models_on(trainer, batch, supervision, report)
+    logits = _check_models_on(trainer, batch, supervision, report)
+    if logits is not None and teacher_is_trained:
+        _check_teacher_knows(trainer, logits, supervision, report)
     report.example = _example(trainer, batch, supervision)
 
 
 @torch.no_grad()
 def _check_models_on(
     trainer: DistillationTrainer, batch: Batch, supervision: Supervision, report: Report
-) -> None:
+) -> Tensor | None:
+    """Run both models; the teacher's logits, if they can be scored against the labels."""
     task = trainer.task
     training = trainer.student.training
     trainer.student.eval()
@@ -212,7 +220,7 @@ def _check_models_on(
             student = trainer.pair.positions(outputs, batch)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         report.add("model", f"The student cannot run on the first batch ({type(error).__name__}: {error}).")
-        return
+        return None
     finally:
         trainer.student.train(training)
     if student.shape[0] != len(supervision.kd_weight):
@@ -222,24 +230,24 @@ def _check_models_on(
             f"student gives logits for {student.shape[0]} (logits {tuple(student.shape)}); choose the task "
             "that fits.",
         )
-        return
+        return None
     labels_fit = _check_labels(trainer, supervision, student.shape[-1], report)
     if trainer.teacher is None or not trainer.distils:
-        return
+        return None
     try:
         teacher = task.flat(trainer.teacher(inputs).logits, batch)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         report.add("teacher", f"The teacher cannot run on the first batch ({type(error).__name__}: {error}).")
-        return
+        return None
     if trainer.alignment_problem is not None:
-        return
+        return None
     if teacher.shape[0] != student.shape[0]:
         report.add(
             "teacher",
             f"teacher: it gives logits for {teacher.shape[0]} positions of the first batch, the student for "
             f"{student.shape[0]}; both must divide the input alike (tokenizer, patch size, stride).",
         )
-        return
+        return None
     z, t = trainer.objective.classes.student(student), trainer.objective.classes.teacher(teacher)
     if z.shape[-1] != t.shape[-1]:
         report.add(
@@ -247,12 +255,12 @@ def _check_models_on(
             f"teacher: its head has {t.shape[-1]} classes, the student's {z.shape[-1]}; give both the same "
             "labels.",
         )
-        return
+        return None
     if not bool(t[supervision.kd_weight > 0].isfinite().any(-1).all()):
         report.add("teacher", "teacher: its logits on the first batch are NaN or infinite; check its dtype.")
-        return
-    if labels_fit and task.kind == "classes" and supervision.task_weight.shape == supervision.kd_weight.shape:
-        _check_teacher_knows(trainer, student, teacher, supervision, report)
+        return None
+    per_position = supervision.task_weight.shape == supervision.kd_weight.shape
+    return teacher if labels_fit and task.kind == "classes" and per_position else None
 
 
 def _check_labels(
@@ -286,9 +294,9 @@ def _check_labels(
 
 
 def _check_teacher_knows(
-    trainer: DistillationTrainer, student: Tensor, teacher: Tensor, supervision: Supervision, report: Report
+    trainer: DistillationTrainer, teacher: Tensor, supervision: Supervision, report: Report
 ) -> None:
-    """Trap: a head initialised at random. A teacher that knows the task beats the uniform guess."""
+    """A head initialised at random: a teacher that knows the task beats the uniform guess."""
     sums = trainer.objective.evaluate(trainer.objective.classes.teacher(teacher), teacher, supervision).sum(0)
     if trainer.objective.classes.order is not None or trainer.objective.classes.shared is not None:
         return

@@ -22,7 +22,7 @@ from hf_kd.findings import Problem
 from hf_kd.metrics import perplexity
 from hf_kd.options import DistillationOptions, RunOptions
 from hf_kd.results import Arm, Latency, Results
-from hf_kd.setting import Setting, alone, load, wiring
+from hf_kd.setting import Setting, alone, load, wiring, with_trained_teacher
 from hf_kd.trainer import DistillationTrainer
 
 # Rows of the batch that latency is measured on.
@@ -46,6 +46,9 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
     setting = load(run, args)
     console = setting.console
     console.print(Text(describe(setting), style="dim"))
+    if setting.untrained:
+        refuse_problems(setting)
+        setting = with_trained_teacher(setting)
     initial = copy.deepcopy(setting.student)
     trainer = distiller(setting)
     console.rule("student", align="left")
@@ -80,7 +83,7 @@ def check(run: RunOptions, args: DistillationArguments, *, launch: str) -> list[
     """
     setting = load(run, args, train=False)
     console = setting.console
-    found = checks.inspect(distiller(setting))
+    found = checks.inspect(distiller(setting), teacher_is_trained=not run.train_teacher)
     found.render(console)
     if run.train_teacher:
         console.print(
@@ -89,6 +92,19 @@ def check(run: RunOptions, args: DistillationArguments, *, launch: str) -> list[
     console.print(Text(describe(setting), style="dim"))
     console.print(Text.assemble(("\nto run it: ", "bold"), launch))
     return found.problems
+
+
+def refuse_problems(setting: Setting) -> None:
+    """Find what is wrong with the distillation before minutes go into training its teacher.
+
+    Raises:
+        ValueError: All problems in one message.
+    """
+    # A teacher is frozen while it teaches.
+    trainable = [parameter for parameter in setting.teacher.parameters() if parameter.requires_grad]
+    checks.inspect(distiller(setting)).raise_problems()
+    for parameter in trainable:
+        parameter.requires_grad_(True)
 
 
 def distiller(setting: Setting) -> DistillationTrainer:

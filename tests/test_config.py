@@ -184,7 +184,8 @@ def test_every_recipe_parses_and_reads_back(name, write, saved):
 
 
 def test_rare_options_read_back(write, saved):
-    flags = """--debug underflow_overflow --optim sgd --seed 7 --average_tokens_across_devices false --activation_checkpointing --label_names a b
+    flags = """--debug underflow_overflow --optim sgd --seed 7 --average_tokens_across_devices false
+        --activation_checkpointing --label_names a b
         --lr_scheduler_type cosine --lr_scheduler_kwargs {"min_lr":1e-7} --divergence jsd
         --divergence_options {"beta":0.3} --accelerator_config {"split_batches":true}"""
     run, args = parse([*MODELS, *flags.split()])
