@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 import textwrap
 import traceback
@@ -159,9 +160,9 @@ def _quiet() -> None:
 
 
 def _launch_line(argv: list[str]) -> str:
-    import shlex
-
-    return f"accelerate launch scripts/distill.py {shlex.join(argv)}".rstrip()
+    """The command for one or more processes; an installed package has no scripts folder beside it."""
+    script = "scripts/distill.py" if os.path.exists("scripts/distill.py") else "-m hf_kd distill"
+    return f"accelerate launch {script} {shlex.join(argv)}".rstrip()
 
 
 def _raised_here(error: BaseException) -> bool:

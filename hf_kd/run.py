@@ -49,6 +49,10 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
     if setting.untrained:
         refuse_problems(setting)
         setting = with_trained_teacher(setting)
+    elif run.train_teacher:
+        console.print(
+            f"teacher: the one in {setting.teacher.name_or_path}, trained before with the same options"
+        )
     initial = copy.deepcopy(setting.student)
     trainer = distiller(setting)
     console.rule("student", align="left")
@@ -81,16 +85,14 @@ def check(run: RunOptions, args: DistillationArguments, *, launch: str) -> list[
     Returns:
         The problems found.
     """
-    setting = load(run, args, train=False)
+    setting = load(run, args)
     console = setting.console
-    found = checks.inspect(distiller(setting), teacher_is_trained=not run.train_teacher)
+    found = checks.inspect(distiller(setting), teacher_is_trained=not setting.untrained)
     found.render(console)
-    if run.train_teacher:
-        console.print(
-            "The teacher is trained on the task first, unless output_dir/teacher already is that one."
-        )
+    if setting.untrained:
+        console.print("The teacher is trained on the task first.")
     console.print(Text(describe(setting), style="dim"))
-    console.print(Text.assemble(("\nto run it: ", "bold"), launch))
+    console.print(Text.assemble(("\nto run it: ", "bold"), launch), soft_wrap=True)
     return found.problems
 
 
@@ -102,7 +104,7 @@ def refuse_problems(setting: Setting) -> None:
     """
     # A teacher is frozen while it teaches.
     trainable = [parameter for parameter in setting.teacher.parameters() if parameter.requires_grad]
-    checks.inspect(distiller(setting)).raise_problems()
+    checks.inspect(distiller(setting), teacher_is_trained=False).raise_problems()
     for parameter in trainable:
         parameter.requires_grad_(True)
 

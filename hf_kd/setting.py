@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,13 @@ class Setting:
         run: Models and data as they were asked for, with the task filled in.
         args: The trainer's arguments.
         console: Prints on rank 0, silent elsewhere.
-        teacher: The teacher, trained.
+        teacher: The teacher.
         student: The student, before training.
         processor: The student's tokenizer, image processor or feature extractor.
         teacher_processor: The teacher's.
         data: Rows, collator and metrics, with labels in the student's order.
         teacher_data: The same with labels in the teacher's order.
+        untrained: Whether the teacher is still to be trained; see `with_trained_teacher`.
     """
 
     run: RunOptions
@@ -73,15 +74,18 @@ class Setting:
     teacher_processor: Any
     data: Prepared
     teacher_data: Prepared
+    untrained: bool = False
 
 
-def load(run: RunOptions, args: DistillationArguments, *, train: bool = True) -> Setting:
-    """Load data, processors, teacher and student; train the teacher if that was asked for.
+def load(run: RunOptions, args: DistillationArguments) -> Setting:
+    """Load data, processors, teacher and student, and train nothing.
+
+    With `train_teacher` the teacher is the one that an earlier run with the same options left in
+    `output_dir/teacher`, or one that is still to be trained.
 
     Args:
         run: Models and data.
         args: The trainer's arguments.
-        train: False leaves a teacher that is still to be trained as it is.
 
     Raises:
         ValueError: What cannot be loaded, all of it.
@@ -93,7 +97,8 @@ def load(run: RunOptions, args: DistillationArguments, *, train: bool = True) ->
     shared: dict[str, Any] = {"task": run.task, "trust_remote_code": args.trust_remote_code}
     teacher_processor = load_processor(run, raw, revision=args.teacher_revision, **shared)
     processor = load_processor(run, raw, role="student", **shared) if run.student else teacher_processor
-    teacher = load_teacher(run, args, raw, teacher_processor)
+    left = left_teacher(run, args) if run.train_teacher else None
+    teacher = left or load_teacher(run, args, raw, teacher_processor)
 
     def prepared(model: PreTrainedModel, own: Any, other: Any) -> Prepared:
         with args.main_process_first(desc="preparing the rows"):
@@ -102,8 +107,6 @@ def load(run: RunOptions, args: DistillationArguments, *, train: bool = True) ->
             )
 
     teacher_data = prepared(teacher, teacher_processor, None)
-    if run.train_teacher:
-        teacher = trained_teacher(run, args, console, teacher, teacher_data, teacher_processor, train=train)
     student = load_student(run, args, teacher)
     same = processor is teacher_processor and _labels(student) == _labels(teacher)
     return Setting(
@@ -116,6 +119,7 @@ def load(run: RunOptions, args: DistillationArguments, *, train: bool = True) ->
         teacher_processor=teacher_processor,
         data=teacher_data if same else prepared(student, processor, teacher_processor),
         teacher_data=teacher_data,
+        untrained=run.train_teacher and left is None,
     )
 
 
@@ -134,14 +138,10 @@ def _load_named(run: RunOptions, args: DistillationArguments) -> tuple[DatasetDi
         if name:
             attempt(partial(check_path, name, option))
     task = run.task
-    if task is None and run.teacher and not problems:
-        task = attempt(
-            lambda: task_of_checkpoint(
-                str(run.teacher),
-                role="teacher",
-                revision=args.teacher_revision,
-                trust_remote_code=args.trust_remote_code,
-            )
+    if task is None and run.teacher:
+        shared = {"revision": args.teacher_revision, "trust_remote_code": args.trust_remote_code}
+        task = (
+            None if problems else attempt(partial(task_of_checkpoint, run.teacher, role="teacher", **shared))
         )
     elif task is None:
         problems.append("task is not set, and teacher_config does not say it: set e.g. task='causal-lm'")
@@ -149,7 +149,7 @@ def _load_named(run: RunOptions, args: DistillationArguments) -> tuple[DatasetDi
         problems.append(f"task={task!r} is not known: use one of {', '.join(sorted(TASKS))}")
     raw = attempt(lambda: load_raw(run))
     raise_problems(problems)
-    return raw, dataclasses.replace(run, task=task)
+    return raw, replace(run, task=task)
 
 
 def load_teacher(
@@ -199,49 +199,31 @@ def _labels(model: PreTrainedModel) -> Any:
     return getattr(model.config, "id2label", None)
 
 
-def trained_teacher(
-    run: RunOptions,
-    args: DistillationArguments,
-    console: Console,
-    teacher: PreTrainedModel,
-    data: Prepared,
-    processor: Any,
-    *,
-    train: bool,
-) -> PreTrainedModel:
-    """Train the teacher on the task, or take the one that an earlier run with the same options left.
-
-    Args:
-        run: Models and data.
-        args: The trainer's arguments; those of the teacher derive from them.
-        console: For progress.
-        teacher: What to train.
-        data: Its data.
-        processor: Saved beside it.
-        train: False returns the teacher as it is, unless a trained one is there.
-    """
-    folder = args.folder / "teacher"
+def left_teacher(run: RunOptions, args: DistillationArguments) -> PreTrainedModel | None:
+    """The trained teacher that an earlier run with the same options left, or None."""
     own = teacher_arguments(run, args)
-    wanted = _recipe_of_teacher(run, own)
-    found = _read_json(folder / TRAINED_FILE)
-    if found != wanted:
-        if not train:
-            return teacher
-        changed = [name for name in wanted if found and found.get(name) != wanted[name]]
-        console.rule(
-            "teacher" + (f" (again, since {', '.join(changed)} changed)" if changed else ""), align="left"
-        )
-        trainer = alone(teacher, own, data, processor, run)
-        trainer.train()
-        trainer.save_model(str(folder))
-        if args.should_save:
-            write_text(folder / TRAINED_FILE, json.dumps(wanted, indent=2) + "\n")
-        trainer.accelerator.wait_for_everyone()
-        del trainer
-    else:
-        console.print(f"teacher: the one that was trained before with the same options, in {folder}")
+    if _read_json(own.folder / TRAINED_FILE) != _recipe_of_teacher(run, own):
+        return None
     loading = {**_teacher_loading(args), "revision": None}
-    return load_model(str(folder), run.task, role="teacher", **loading)  # type: ignore[return-value]
+    return load_model(str(own.folder), run.task, role="teacher", **loading)  # type: ignore[return-value]
+
+
+def with_trained_teacher(setting: Setting) -> Setting:
+    """Train the teacher on the task, keep it in `output_dir/teacher`, and make the student anew from it."""
+    run, args = setting.run, setting.args
+    own = teacher_arguments(run, args)
+    wanted, found = _recipe_of_teacher(run, own), _read_json(own.folder / TRAINED_FILE)
+    changed = ", ".join(name for name in wanted if found and found.get(name) != wanted[name])
+    setting.console.rule(f"teacher (again, since {changed} changed)" if changed else "teacher", align="left")
+    trainer = alone(setting.teacher, own, setting.teacher_data, setting.teacher_processor, run)
+    trainer.train()
+    trainer.save_model(str(own.folder))
+    if args.should_save:
+        write_text(own.folder / TRAINED_FILE, json.dumps(wanted, indent=2) + "\n")
+    trainer.accelerator.wait_for_everyone()
+    teacher = left_teacher(run, args)
+    assert teacher is not None
+    return replace(setting, teacher=teacher, student=load_student(run, args, teacher), untrained=False)
 
 
 def teacher_arguments(run: RunOptions, args: DistillationArguments) -> DistillationArguments:
@@ -259,16 +241,14 @@ def teacher_arguments(run: RunOptions, args: DistillationArguments) -> Distillat
         changes["learning_rate"] = run.teacher_learning_rate
     if run.teacher_batch_size is not None:
         changes["per_device_train_batch_size"] = run.teacher_batch_size
-    return dataclasses.replace(args, **changes)
+    return replace(args, **changes)
 
 
 def alone(
     model: PreTrainedModel, args: DistillationArguments, data: Prepared, processor: Any, run: RunOptions
 ) -> DistillationTrainer:
     """A trainer of one model without a teacher."""
-    trainer = DistillationTrainer(
-        model, dataclasses.replace(args, **_ALONE), task=run.task, **wiring(data, processor)
-    )
+    trainer = DistillationTrainer(model, replace(args, **_ALONE), task=run.task, **wiring(data, processor))
     trainer.run_options = dataclasses.asdict(run)
     return trainer
 

@@ -135,7 +135,7 @@ def test_accelerate_launch_runs_the_default_recipe(tmp_path, capsys):
     assert results["arms"]["student"]["parameters"] < results["arms"]["teacher"]["parameters"]
     assert all(word in done.stdout for word in ("accuracy", "agreement", "latency", "Gap closed"))
     assert cli.main(["distill", "--config", str(out / "distillation.yaml"), "--temperature", "3"]) == 0
-    assert "trained before with the same options" in capsys.readouterr().out
+    assert "trained before" in capsys.readouterr().out
 
 
 def test_two_processes_on_the_cpu_share_the_work(tmp_path):

@@ -122,22 +122,33 @@ def test_results_and_options_are_saved_beside_a_plain_student(finished):
     assert run.dataset == "builtin:digits" and args.alpha == 0.7
 
 
-def test_a_trained_teacher_is_used_again_until_an_option_of_its_own_changes(finished, monkeypatch):
+def test_a_trained_teacher_is_used_again_until_an_option_of_its_own_changes(finished):
     out, _, _ = finished
-    trained = []
-    original = DistillationTrainer.train
-
-    def spy(self, *args, **kwargs):
-        trained.append(self.args.output_dir)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(DistillationTrainer, "train", spy)
     same = settings.load(*digits(out, "--temperature", "3", "--learning_rate", "0.1", "--no_control"))
-    assert trained == []
-    weights = torch.cat([p.flatten() for p in same.teacher.parameters()])
-    other = settings.load(*digits(out, "--teacher_learning_rate", "0.01"), train=False)
-    assert trained == []
-    assert not torch.equal(weights, torch.cat([p.flatten() for p in other.teacher.parameters()]))
+    assert not same.untrained
+    saved = ViTForImageClassification.from_pretrained(out / "teacher")
+    assert torch.equal(same.teacher.classifier.weight, saved.classifier.weight)
+    other = settings.load(*digits(out, "--teacher_learning_rate", "0.01"))
+    assert other.untrained
+    assert not torch.equal(other.teacher.classifier.weight, saved.classifier.weight)
+
+
+def test_problems_are_found_before_the_teacher_is_trained(tmp_path):
+    """No minutes for a teacher whose student cannot be trained."""
+    for flags, expected in (
+        (["--kl_threshold", "0.1"], "eval_strategy"),
+        (["--student_config", '{"hiden_size": 8}'], "hidden_size"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            runs.distill(*digits(tmp_path, *flags))
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_looking_for_problems_leaves_the_teacher_trainable(tmp_path):
+    setting = settings.load(*digits(tmp_path))
+    before = [p.requires_grad for p in setting.teacher.parameters()]
+    runs.refuse_problems(setting)
+    assert [p.requires_grad for p in setting.teacher.parameters()] == before
 
 
 def test_the_teachers_training_has_its_own_options(tmp_path):
@@ -178,7 +189,7 @@ def test_a_teacher_without_a_head_is_refused_unless_it_is_trained(texts, tmp_pat
         )
     run, args = text_run(texts, tmp_path, "--teacher", str(texts / "headless"), "--train_teacher",
                          "--task", "sequence-classification", "--teacher_epochs", "1")  # fmt: skip
-    setting = settings.load(run, args)
+    setting = settings.with_trained_teacher(settings.load(run, args))
     assert setting.teacher.config.id2label == {0: "negative", 1: "positive"}
     assert (tmp_path / "teacher" / settings.TRAINED_FILE).is_file()
 
