@@ -20,21 +20,10 @@ from .two_ranks import rows_for
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two ranks computed, for all heads in one launch."""
-    folder = tmp_path_factory.mktemp("two_ranks")
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "hf_kd" / "accelerate" / "cpu2.yaml"),
-        str(ROOT / "tests" / "two_ranks.py"),
-        str(folder),
-    ]
+def launch(*arguments: str) -> None:
+    """Run a launcher to its end, with what it printed if it fails."""
     run = subprocess.run(
-        command,
+        [sys.executable, "-m", *arguments],
         capture_output=True,
         text=True,
         timeout=300,
@@ -42,6 +31,14 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two ranks computed, for all heads in one launch."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    config, script = ROOT / "hf_kd" / "accelerate" / "cpu2.yaml", ROOT / "tests" / "two_ranks.py"
+    launch("accelerate.commands.launch", "--config_file", str(config), str(script), str(folder))
     return torch.load(folder / "results.pt", weights_only=True)
 
 
@@ -84,24 +81,8 @@ def test_evaluation_is_exact(two_ranks: dict[str, Any], tmp_path: Path) -> None:
 
 def test_sharded_heads(tmp_path: Path) -> None:
     """FSDP 2 shards both models, output layers included; the fused gradient is that of one process."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(ROOT / "tests" / "fsdp_ranks.py"),
-        str(tmp_path),
-    ]
-    run = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    script = ROOT / "tests" / "fsdp_ranks.py"
+    launch("torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(tmp_path))
     head = HEADS["causal-lm"]
     student, teacher = models(head)
     expected = oracle(head, student, teacher, rows_of(head, 8))[1]
