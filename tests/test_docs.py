@@ -1,0 +1,24 @@
+"""Pages that are made from the library are current."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .heads_table import table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_heads_page_is_current() -> None:
+    """`python -m tests.heads_table > docs/heads.md` was run after the last change."""
+    assert (ROOT / "docs" / "heads.md").read_text() == table()
+
+
+def test_readme_is_short_and_names_existing_files() -> None:
+    """Under 200 lines; every file of the tree that it shows exists."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) < 200
+    shown = [line.split()[0] for line in lines if line.startswith("  ") and line.split()[0].endswith(".py")]
+    assert len(shown) > 8
+    for name in shown:
+        assert any(ROOT.glob(f"**/{name}")), name
