@@ -33,8 +33,8 @@ def digits(out, *more: str):
     length = (
         "--max_train_samples 48 --max_eval_samples 16 --teacher_epochs 1 --max_steps 3 --eval_strategy no"
     )
-    rest = "--per_device_train_batch_size 8 --disable_tqdm --use_cpu --alpha 0.7 --output_dir"
-    return parse([*sizes, *length.split(), *rest.split(), str(out), *more])
+    rest = "--teacher_batch_size 8 --warmup_steps 0 --per_device_train_batch_size 8 --disable_tqdm --use_cpu"
+    return parse([*sizes, *length.split(), *rest.split(), "--alpha", "0.7", "--output_dir", str(out), *more])
 
 
 @pytest.fixture(scope="module")

@@ -160,6 +160,16 @@ class QuestionAnswering(Task):
         """Both ends of every row."""
         return super().exists(batch)[:, None].expand(-1, 2)
 
+    def task_losses(self, logits: Tensor, labels: Tensor, *, label_smoothing: float) -> Tensor:
+        """Cross-entropy; label smoothing spreads over the tokens that an answer may be at."""
+        if not label_smoothing:
+            return super().task_losses(logits, labels, label_smoothing=0.0)
+        log_q = logits.log_softmax(-1)
+        excluded = torch.isneginf(logits)
+        uniform = -log_q.masked_fill(excluded, 0.0).sum(-1) / (~excluded).sum(-1)
+        hit = -log_q.gather(1, labels[:, None]).squeeze(1)
+        return (1 - label_smoothing) * hit + label_smoothing * uniform
+
     @property
     def distils_unlabelled_rows(self) -> bool:
         """Rows without an answer are distilled all the same."""
