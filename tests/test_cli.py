@@ -18,7 +18,8 @@ TINY = [
     '"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}',
     "--student_config", '{"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}',
     "--max_train_samples", "48", "--max_eval_samples", "16", "--teacher_epochs", "1", "--max_steps", "2",
-    "--per_device_train_batch_size", "8", "--teacher_batch_size", "8", "--warmup_steps", "0", "--disable_tqdm",
+    "--per_device_train_batch_size", "8", "--teacher_batch_size", "8", "--warmup_steps", "0",
+    "--disable_tqdm",
 ]  # fmt: skip
 
 
