@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .findings import Report
-from .matching import first_eval_dataset
+from .matching import first_eval_dataset, queries_differ
 from .objective import counts_of
 from .rows import ROW
 from .tasks import Batch, SequenceClassification, Supervision
@@ -87,6 +87,17 @@ def _check_options(trainer: DistillationTrainer, report: Report) -> None:
             "label_smoothing_factor",
             f"label_smoothing_factor={args.label_smoothing_factor} and compute_loss_func both define the "
             "task loss; keep one.",
+        )
+    if queries_differ(trainer):
+        report.warnings.append(
+            "Student and teacher have different object queries, so their class logits don't correspond one "
+            "to one: start the student from the teacher's queries, or distil its backbone instead."
+        )
+    if args.label_smoothing_factor and trainer.task.name in ("ctc", "object-detection"):
+        report.add(
+            "label_smoothing_factor",
+            f"label_smoothing_factor={args.label_smoothing_factor} has no meaning for task "
+            f"{trainer.task.name!r}; set it to 0.",
         )
     if args.label_smoothing_factor and trainer.task.kind == "regression":
         report.add(

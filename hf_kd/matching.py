@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .alignment import (
@@ -99,6 +100,20 @@ def _processor_beside(model: nn.Module) -> Any:
 def _columns(trainer: DistillationTrainer) -> list[str]:
     dataset = trainer.train_dataset if trainer.train_dataset is not None else first_eval_dataset(trainer)
     return list(getattr(dataset, "column_names", None) or [])
+
+
+def queries_differ(trainer: DistillationTrainer) -> bool:
+    """Whether two detectors look for objects with queries of their own, so that query i means two things."""
+    teacher = trainer.teacher
+    if trainer.task.name != "object-detection" or not isinstance(teacher, ModelTeacher):
+        return False
+    ours, theirs = (
+        [p for name, p in model.named_parameters() if "query_position" in name or "detection_tokens" in name]
+        for model in (trainer.student, teacher.model)
+    )
+    return len(ours) != len(theirs) or any(
+        a.shape != b.shape or not torch.equal(a.to(b), b) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def first_eval_dataset(trainer: DistillationTrainer) -> Any:

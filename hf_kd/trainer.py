@@ -148,7 +148,7 @@ class DistillationTrainer(Trainer):
             num_beams=args.generation_num_beams,
         )
         self._fusion: Fusion | str | None = None
-        self._checked = False
+        self._checked: set[bool] = set()  # for what: training, evaluation
         self._load_result: Any = None
         self.terms = TermLog()
         self._eval_sums: Tensor | None = None
@@ -199,13 +199,13 @@ class DistillationTrainer(Trainer):
 
     def check(self, *, training: bool) -> None:
         """Run the pre-flight checks once; log warnings, raise problems."""
-        if self._checked:
+        if {training, True} & self._checked:
             return
         report = checks.inspect(self, training=training)
         for warning in report.warnings:
             logger.warning(warning)
         report.raise_problems()
-        self._checked = training
+        self._checked.add(training)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.distils and self.teacher is not None:

@@ -23,7 +23,8 @@ from transformers import (
 
 from hf_kd import DistillationTrainer, checks
 
-from .heads import bert, llama
+from .heads import HEADS, Collator, bert, llama, rows_of
+from .heads import models as models_of
 from .test_trainer import arguments, classifiers, text_rows
 
 
@@ -330,6 +331,42 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
     )
     assert text.startswith("3 problems")
     assert all(part in text for part in ("6", "kl_threshold", "[9]"))
+
+
+def detectors(folder: Path, **options: Any) -> DistillationTrainer:
+    """Two detectors with queries of their own."""
+    head = HEADS["detection"]
+    student, teacher = models_of(head)
+    return trainer(
+        folder, model=student, teacher=teacher, train_dataset=rows_of(head, 4),
+        data_collator=Collator(head), options={"remove_unused_columns": False, **options},
+    )  # fmt: skip
+
+
+def test_queries_of_their_own(tmp_path: Path) -> None:
+    """Detectors that were trained apart don't correspond query by query, and the checks say so."""
+    made = detectors(tmp_path)
+    assert any("different object queries" in warning for warning in checks.inspect(made).warnings)
+    made.teacher.model = made.student
+    assert not any("object queries" in warning for warning in checks.inspect(made).warnings)
+
+
+def test_label_smoothing_of_a_matching_loss(tmp_path: Path) -> None:
+    """An option that a head's loss has no use for is refused, not ignored."""
+    found = checks.inspect(detectors(tmp_path, label_smoothing_factor=0.1)).problems
+    assert [problem.option for problem in found] == ["label_smoothing_factor"]
+
+
+def test_checks_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second evaluation, or one after training, looks at the first batch no more."""
+    made, seen = trainer(tmp_path, eval_dataset=text_rows()), []
+    look = checks.inspect
+    monkeypatch.setattr(checks, "inspect", lambda t, **k: seen.append(k["training"]) or look(t, **k))
+    made.evaluate()
+    made.evaluate()
+    made.train()
+    made.evaluate()
+    assert seen == [False, True]
 
 
 def test_report_is_readable(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -328,7 +329,6 @@ def test_bf16_autocast(tmp_path: Path, name: str) -> None:
 
 def test_lora_student(tmp_path: Path) -> None:
     """Adapters alone get gradients, the same ones at any accumulation as their float64 oracle."""
-    peft = pytest.importorskip("peft")
     head = HEADS["causal-lm"]
     base, teacher = models(head)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

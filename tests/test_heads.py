@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import types
 
+import peft
 import pytest
 import torch
 import transformers
@@ -99,7 +100,6 @@ def test_fused_step_has_the_dense_gradient(name):
 
 def test_lora_on_the_head():
     """An adapter of the output embedding gets its gradient; the frozen matrix gets none."""
-    peft = pytest.importorskip("peft")
     model, batch = make("llama")
     model = peft.get_peft_model(
         model, peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
