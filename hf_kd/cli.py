@@ -27,6 +27,7 @@ hf-kd: distil a Transformers model into a small one, and see what it gained
   hf-kd distill --teacher DIR_OR_ID --student DIR_OR_ID --dataset ID_OR_FILE
   hf-kd check ...                      the same options: load, look, train nothing
   hf-kd recipes [NAME]                 list the shipped recipes, or print one
+  hf-kd report DIR                     what a run found, as a table, an HTML page and Markdown with charts
   hf-kd distill --help                 the options
 
 On several processes or devices: accelerate launch scripts/distill.py ... (the same options)
@@ -106,7 +107,32 @@ def list_recipes(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"distill": distill, "check": check, "recipes": list_recipes}
+def make_report(argv: list[str]) -> int:
+    """Print the table of a finished run, and write it as a page and as Markdown with charts."""
+    from pathlib import Path
+
+    if len(argv) != 1 or argv[0].startswith("-"):
+        sys.stdout.write(
+            "hf-kd report DIR     the folder of a run, or its results.json: prints the table, writes "
+            "report.html and report.md there\n"
+        )
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    from hf_kd import pages, report
+    from hf_kd.results import Results
+
+    path = Path(argv[0])
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        results = Results.read(path)
+    except FileNotFoundError as error:
+        return _fail(str(error))
+    report.print_table(results)
+    for made in (pages.write_html(results, path.parent), pages.write_markdown(results, path.parent)):
+        sys.stdout.write(f"{made}\n")
+    return 0
+
+
+COMMANDS = {"distill": distill, "check": check, "recipes": list_recipes, "report": make_report}
 
 
 def help_text(command: str) -> str:

@@ -42,6 +42,10 @@ class DistillationArguments(DistillationOptions, TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave NaN and infinite losses out of the logged mean."}
     )
+    # Trainer's 500 leaves short runs without a curve.
+    logging_steps: float = field(
+        default=0.02, metadata={"help": "Log every so many steps; below 1: after this share of all steps."}
+    )
 
     def __post_init__(self) -> None:
         _claim_cpu_ranks()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -41,8 +42,7 @@ def print_table(results: Results, console: Console | None = None) -> None:
     names = list(results.arms)
     for first in range(0, len(names), _ARMS_IN_A_TABLE):
         console.print(_table(results, names[first : first + _ARMS_IN_A_TABLE]))
-    for label, ratio in (("Quality kept", results.quality_kept), ("Gap closed", results.gap_closed)):
-        said = f"not defined: {ratio.reason}" if ratio.value is None else _percent(ratio.value)
+    for label, said in headline(results):
         console.print(Text.assemble((f"{label + ':':<14}", "bold"), said))
     console.print(Text(results.verdict, style="bold"))
     console.print(Text(provenance(results), style="dim"))
@@ -77,20 +77,45 @@ def _hardware(results: Results) -> str:
     return name + cores
 
 
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison: a label and each arm's cell; `primary` is what quality is judged by."""
+
+    label: str
+    cells: list[str]
+    primary: bool = False
+
+
+def comparison(results: Results, names: Sequence[str]) -> list[Row]:
+    """The lines of the comparison of the named arms, metrics first; what no arm has is left out."""
+    rows = []
+    for metric in _metrics(results):
+        primary = metric == results.primary_metric
+        label = f"{metric} (± SE)" if primary and any(map(results.standard_error, names)) else metric
+        rows.append(Row(label, [_metric(results, name, metric) for name in names], primary))
+    for label, show in _ROWS.items():
+        cells = [show(results.arms[name]) or "–" for name in names]
+        if any(cell != "–" for cell in cells):
+            rows.append(Row(label, cells))
+    return rows
+
+
+def headline(results: Results) -> list[tuple[str, str]]:
+    """The two ratios that the verdict rests on, in words."""
+    shown = (("Quality kept", results.quality_kept), ("Gap closed", results.gap_closed))
+    return [
+        (label, f"not defined: {ratio.reason}" if ratio.value is None else _percent(ratio.value))
+        for label, ratio in shown
+    ]
+
+
 def _table(results: Results, names: list[str]) -> Table:
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.add_column(Text(results.task), overflow="fold")
     for name in names:
         table.add_column(Text(name), justify="right", overflow="fold")
-    for metric in _metrics(results):
-        primary = metric == results.primary_metric
-        label = f"{metric} (± SE)" if primary and any(map(results.standard_error, names)) else metric
-        cells = [_metric(results, name, metric) for name in names]
-        table.add_row(Text(label), *map(Text, cells), style="bold" if primary else None)
-    for label, show in _ROWS.items():
-        cells = [show(results.arms[name]) or "–" for name in names]
-        if any(cell != "–" for cell in cells):
-            table.add_row(Text(label), *map(Text, cells))
+    for row in comparison(results, names):
+        table.add_row(Text(row.label), *map(Text, row.cells), style="bold" if row.primary else None)
     return table
 
 

@@ -22,7 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+from hf_kd.behaviour import Behaviour
+
+SCHEMA_VERSION = 2
 
 # Metrics that are a mean of zeros and ones over examples: their standard error follows from their value.
 _PROPORTIONS = {"accuracy", "exact_match", "agreement"}
@@ -112,6 +114,8 @@ class Results:
         examples: rows of the evaluation data, for standard errors; None if not known.
         machine: what the measurements ran on, see `hf_kd.measure.machine`.
         provenance: what was run (dataset, seed, recipe, versions), of the caller's choice.
+        training: what the student's training logged, in order: numbers by name, with their `step`.
+        behaviour: how student and teacher answer the same rows; None for heads without one class a row.
 
     Raises:
         ValueError: an arm or the primary metric is missing, or a value is impossible; all problems at once.
@@ -124,6 +128,8 @@ class Results:
     examples: int | None = None
     machine: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    training: list[dict[str, float]] = field(default_factory=list)
+    behaviour: Behaviour | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

@@ -12,21 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.text import Text
-from transformers import PreTrainedModel, PrinterCallback
+from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_kd import checks, measure, report
+from hf_kd import checks, report
+from hf_kd.comparison import compare
 from hf_kd.config import DistillationArguments
-from hf_kd.data.prepare import Prepared
 from hf_kd.findings import Problem
-from hf_kd.metrics import perplexity
 from hf_kd.options import DistillationOptions, RunOptions
-from hf_kd.results import Arm, Latency, Results
+from hf_kd.pages import write_html
+from hf_kd.results import Results
 from hf_kd.setting import Setting, alone, load, wiring, with_trained_teacher
 from hf_kd.trainer import DistillationTrainer
-
-# Rows of the batch that latency is measured on.
-_LATENCY_ROWS = 32
 
 
 def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
@@ -60,17 +57,19 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
     trainer.save_model(args.output_dir)
     models = {"teacher": setting.teacher, "student": trainer.accelerator.unwrap_model(trainer.model)}
     steps = trainer.state.global_step, trainer.state.max_steps
+    history = _numbers(trainer.state.log_history)
     del trainer
     control = train_control(setting, initial, *steps)
     if control is not None:
         models["control"] = control
-    results = compare(setting, models, minutes=(time.monotonic() - start) / 60)
+    results = compare(setting, models, history, minutes=(time.monotonic() - start) / 60)
     if results is None:
         return None
     path = results.write(args.folder / "results.json")
+    page = write_html(results, args.folder)
     console.rule("results", align="left")
     report.print_table(results, console)
-    console.print(Text(f"student and results are in {path.parent}", style="dim"))
+    console.print(Text(f"student and results are in {path.parent}, to be read in {page}", style="dim"))
     return results
 
 
@@ -179,96 +178,6 @@ def train_control(
     return trainer.accelerator.unwrap_model(trainer.model)
 
 
-def compare(setting: Setting, models: dict[str, PreTrainedModel], *, minutes: float) -> Results | None:
-    """Measure every model on the test rows (the evaluation rows where there are no others).
-
-    Args:
-        setting: The run.
-        models: By arm; "teacher" and "student" are needed.
-        minutes: What the run took so far, for the record.
-
-    Returns:
-        The results on rank 0, None on the others.
-    """
-    run, args, data = setting.run, setting.args, setting.data
-    scores = {name: _evaluate(setting, name, model) for name, model in models.items()}
-    if args.process_index != 0:
-        return None
-    rows = _test_rows(data)
-    times = _latency(setting, models)
-    arms: dict[str, Arm] = {
-        name: measure.measure_arm(model, scores[name], latency=[times[name]] if name in times else [])
-        for name, model in models.items()
-    }
-    labelled = all(data.primary_metric in arm.metrics for arm in arms.values())
-    return Results(
-        task=str(run.task),
-        primary_metric=data.primary_metric if labelled else None,
-        greater_is_better=data.greater_is_better,
-        arms=arms,
-        examples=len(rows),
-        machine=measure.machine(args.device),
-        provenance={
-            "dataset": run.dataset,
-            "seed": args.seed,
-            "processes": args.world_size,
-            "minutes": round(minutes, 2),
-            **{
-                name: getattr(args, name)
-                for name in ("alpha", "temperature", "learning_rate", "num_train_epochs")
-            },
-        },
-    )
-
-
-def _evaluate(setting: Setting, name: str, model: PreTrainedModel) -> dict[str, float]:
-    """Metrics of one model, and how far it is from the teacher."""
-    changes: dict[str, Any] = {"alpha": 1.0, "alpha_end": None, "alpha_schedule": "constant"}
-    changes |= {"kl_threshold": None, "output_dir": str(setting.args.folder / "evaluation")}
-    args = dataclasses.replace(setting.args, disable_tqdm=True, **changes)
-    if name == "teacher" and setting.run.unlabelled:
-        return {"eval_kl": 0.0, "eval_agreement": 1.0}
-    if name == "teacher":
-        data, processor = setting.teacher_data, setting.teacher_processor
-        trainer = alone(model, args, data, processor, setting.run)
-        known = {"eval_kl": 0.0, "eval_agreement": 1.0}
-    else:
-        data, known = setting.data, {}
-        trainer = DistillationTrainer(
-            model,
-            args,
-            teacher=setting.teacher,
-            task=setting.run.task,
-            teacher_processing_class=setting.teacher_processor,
-            **wiring(data, setting.processor),
-        )
-    trainer.remove_callback(PrinterCallback)  # the table says it
-    scores = {**trainer.evaluate(_test_rows(data)), **known}
-    if data.primary_metric == "perplexity" and "eval_loss" in scores:
-        scores["eval_perplexity"] = perplexity(scores["eval_loss"])
-    return scores
-
-
-def _test_rows(data: Prepared) -> Any:
-    return data.eval if data.test is None else data.test
-
-
-def _latency(setting: Setting, models: dict[str, PreTrainedModel]) -> dict[str, Latency]:
-    """Time all models on one batch of rows of about the median length; nothing if on several devices."""
-    devices = {str(model.device) for model in models.values()}
-    if len(devices) > 1:
-        setting.console.print(
-            f"no latency: the models are on different devices, {', '.join(sorted(devices))}"
-        )
-        return {}
-    rows = _test_rows(setting.data)
-    few = [rows[i] for i in range(min(len(rows), 8 * _LATENCY_ROWS))]
-    few.sort(key=lambda row: len(row.get("input_ids", ())))
-    middle = max(0, (len(few) - _LATENCY_ROWS) // 2)
-    batch = setting.data.collator(few[middle : middle + _LATENCY_ROWS])
-    return measure.latency(dict(models), batch)
-
-
 def _checkpoint(wish: str | None, folder: Path) -> str | None:
     """What `resume_from_checkpoint` means: a path, or "true" for the last checkpoint if there is one."""
     if wish is None or wish.lower() in ("false", "no", "0"):
@@ -276,3 +185,8 @@ def _checkpoint(wish: str | None, folder: Path) -> str | None:
     if wish.lower() not in ("true", "yes", "1", "last"):
         return wish
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def _numbers(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The log without what is not a number."""
+    return [{k: float(v) for k, v in row.items() if isinstance(v, int | float)} for row in history]

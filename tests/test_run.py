@@ -102,6 +102,21 @@ def test_three_arms_are_measured_alike(finished):
     assert len({(t.batch_size, str(t.inputs)) for arm in results.arms.values() for t in arm.latency}) == 1
 
 
+def test_behaviour_is_that_of_the_rows_that_were_scored(finished):
+    out, results, _ = finished
+    seen = results.behaviour
+    assert sum(map(sum, seen.agreement)) == results.examples
+    same = sum(seen.agreement[i][i] for i in range(len(seen.classes))) / results.examples
+    assert same == pytest.approx(results.arms["student"].eval_agreement)
+    assert seen.calibration.keys() == results.arms.keys()
+    for name, curve in seen.calibration.items():
+        right = sum(a * n for a, n in zip(curve.accuracy, curve.count, strict=True)) / results.examples
+        assert right == pytest.approx(results.arms[name].metrics["accuracy"])
+    assert any("loss_kd" in row for row in results.training)
+    assert results.provenance["options"]["alpha"] == 0.7
+    assert "Where the two differ most" in (out / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_control_differs_by_the_teacher_alone(finished):
     """Trap 51: the same initial weights, seed and steps, alpha = 0."""
     _, _, started = finished

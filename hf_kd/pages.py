@@ -1,0 +1,110 @@
+"""`results.json` as one self-contained HTML page, and as Markdown with its charts beside it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from hf_kd.charts import charts, save_png, svg
+from hf_kd.records import write_text
+from hf_kd.report import comparison, headline, provenance
+from hf_kd.results import Results
+
+HTML_FILE = "report.html"
+MARKDOWN_FILE = "report.md"
+
+# What Markdown or the HTML inside it would act on.
+_ACTIVE = re.compile(r"([\\`*_{}\[\]<>#|!&])")
+
+_CAPTIONS = {
+    "quality": "Quality on the evaluation rows",
+    "cost": "Quality against cost: up and to the left is better",
+    "calibration": "Calibration: on the dotted line a model is right as often as it says",
+    "agreement": "Rows by the teacher's class and the student's; shade is the share of the teacher's class",
+    "loss": "Training: every term of the loss",
+    "kl": "Evaluation during training: KL to the teacher",
+    "learning-rate": "Learning rate",
+}
+_SECTIONS = {
+    "Quality and cost": ("quality", "cost"),
+    "Behaviour": ("calibration", "agreement"),
+    "Training": ("loss", "kl", "learning-rate"),
+}
+
+
+def write_html(results: Results, folder: Path) -> Path:
+    """Write `report.html`: no scripts, nothing from the network, light and dark, every string escaped."""
+    drawn = {name: Markup(svg(figure, name)) for name, figure in charts(results).items()}
+    sections = [
+        {
+            "title": title,
+            "charts": [{"svg": drawn[name], "caption": _CAPTIONS[name]} for name in names if name in drawn],
+        }
+        for title, names in _SECTIONS.items()
+    ]
+    behaviour = results.behaviour
+    text = (
+        _environment(autoescape=True)
+        .get_template(HTML_FILE)
+        .render(
+            **_content(results),
+            sections=[section for section in sections if section["charts"]],
+            behaviour=behaviour,
+            texts=behaviour is not None and any(d.text for d in behaviour.differences),
+            made=yaml.safe_dump(
+                {"provenance": results.provenance, "machine": results.machine},
+                sort_keys=True,
+                allow_unicode=True,
+            ),
+        )
+    )
+    path = folder / HTML_FILE
+    write_text(path, text)
+    return path
+
+
+def write_markdown(results: Results, folder: Path) -> Path:
+    """Write `report.md`, and its charts as `report-<name>.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = [
+        (save_png(figure, folder / f"report-{name}.png").name, _CAPTIONS[name])
+        for name, figure in charts(results).items()
+    ]
+    text = (
+        _environment(autoescape=False).get_template(MARKDOWN_FILE).render(**_content(results), images=images)
+    )
+    path = folder / MARKDOWN_FILE
+    write_text(path, text)
+    return path
+
+
+def _content(results: Results) -> dict[str, Any]:
+    names = list(results.arms)
+    return {
+        "title": f"{results.task}: teacher and student",
+        "verdict": results.verdict,
+        "provenance": provenance(results),
+        "numbers": headline(results),
+        "table": {"corner": results.task, "arms": names, "rows": comparison(results, names)},
+    }
+
+
+def _environment(*, autoescape: bool) -> Environment:
+    return Environment(
+        loader=PackageLoader("hf_kd", "templates"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        # In Markdown nothing else would escape what comes from data and models.
+        finalize=None if autoescape else _plain,
+        trim_blocks=True,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A string with nothing that Markdown acts on and on one line."""
+    return _ACTIVE.sub(r"\\\1", " ".join(value.split())) if isinstance(value, str) else value
