@@ -246,7 +246,7 @@ def _check_models_on(
     if trainer.teacher is None or not trainer.distils:
         return None
     try:
-        teacher = task.flat(trainer.teacher(inputs).logits, batch)
+        teacher = task.flat(trainer.teacher(inputs).dense(), batch)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         report.add("teacher", f"The teacher cannot run on the first batch ({type(error).__name__}: {error}).")
         return None

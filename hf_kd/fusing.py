@@ -55,7 +55,7 @@ class Fusion:
     def ask(self, teacher: Teacher, batch: Mapping[str, Any]) -> HiddenTeacher | DenseTeacher:
         """The teacher's answer: its head's input, or its logits."""
         if self.teacher is None:
-            return DenseTeacher(teacher(batch).logits["logits"])
+            return DenseTeacher(teacher(batch).dense()["logits"])
         with head_inputs(self.teacher) as captured:
             teacher(batch)
         return HiddenTeacher(*captured[-1])

@@ -9,12 +9,12 @@ from torch import nn
 from ..loading import load_model
 from ..tasks import TASKS, Task
 from .models import ModelTeacher
-from .signal import Teacher, TeacherSignal
+from .signal import SparseSignal, Teacher, TeacherSignal
 
 if TYPE_CHECKING:
     from ..config import DistillationArguments
 
-__all__ = ["ModelTeacher", "Teacher", "TeacherSignal", "resolve_teacher"]
+__all__ = ["ModelTeacher", "SparseSignal", "Teacher", "TeacherSignal", "resolve_teacher"]
 
 
 def resolve_teacher(
