@@ -49,10 +49,10 @@ def write_html(results: Results, folder: Path) -> Path:
     ]
     behaviour = results.behaviour
     text = (
-        _environment(autoescape=True)
+        environment(autoescape=True)
         .get_template(HTML_FILE)
         .render(
-            **_content(results),
+            **content(results),
             sections=[section for section in sections if section["charts"]],
             behaviour=behaviour,
             texts=behaviour is not None and any(d.text for d in behaviour.differences),
@@ -76,14 +76,15 @@ def write_markdown(results: Results, folder: Path) -> Path:
         for name, figure in charts(results).items()
     ]
     text = (
-        _environment(autoescape=False).get_template(MARKDOWN_FILE).render(**_content(results), images=images)
+        environment(autoescape=False).get_template(MARKDOWN_FILE).render(**content(results), images=images)
     )
     path = folder / MARKDOWN_FILE
     write_text(path, text)
     return path
 
 
-def _content(results: Results) -> dict[str, Any]:
+def content(results: Results) -> dict[str, Any]:
+    """What every page says: title, verdict, headline numbers, the comparison and where it comes from."""
     names = list(results.arms)
     return {
         "title": f"{results.task}: teacher and student",
@@ -94,7 +95,8 @@ def _content(results: Results) -> dict[str, Any]:
     }
 
 
-def _environment(*, autoescape: bool) -> Environment:
+def environment(*, autoescape: bool) -> Environment:
+    """The templates; with `autoescape` for HTML, without it for Markdown, escaped as that needs."""
     return Environment(
         loader=PackageLoader("hf_kd", "templates"),
         autoescape=autoescape,
@@ -106,5 +108,7 @@ def _environment(*, autoescape: bool) -> Environment:
 
 
 def _plain(value: Any) -> Any:
-    """A string with nothing that Markdown acts on and on one line."""
-    return _ACTIVE.sub(r"\\\1", " ".join(value.split())) if isinstance(value, str) else value
+    """A string with nothing that Markdown acts on and on one line; `Markup` is said to be safe as it is."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return _ACTIVE.sub(r"\\\1", " ".join(value.split()))

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_kd import checks, report
+from hf_kd.card import write_card
 from hf_kd.comparison import compare
 from hf_kd.config import DistillationArguments
 from hf_kd.findings import Problem
@@ -67,6 +68,7 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
         return None
     path = results.write(args.folder / "results.json")
     page = write_html(results, args.folder)
+    write_card(results, setting.run, args.folder, name=args.hub_model_id)
     console.rule("results", align="left")
     report.print_table(results, console)
     console.print(Text(f"student and results are in {path.parent}, to be read in {page}", style="dim"))
