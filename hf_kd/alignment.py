@@ -44,11 +44,14 @@ class ClassMap:
     Attributes:
         order: For student class `c`, the teacher's class `order[c]`; None where they agree.
         shared: Number of leading classes to compare; None: all. A larger model vocabulary is padding.
+        unlike: Whether the classes don't correspond at all (unlike tokenizers), so that only what is blind to
+            their order can compare them.
         notes: What was found, in sentences worth logging.
     """
 
     order: tuple[int, ...] | None = None
     shared: int | None = None
+    unlike: bool = False
     notes: tuple[str, ...] = ()
 
     def teacher(self, logits: Tensor) -> Tensor:
@@ -141,8 +144,9 @@ def align_vocabulary(
         if difference is not None:
             raise AlignmentError(
                 f"tokenizer: student and teacher use different tokenizers ({difference}). Token-level losses "
-                "need the same one: build the student on the teacher's tokenizer, or distil through labels "
-                "that the teacher generates (alpha=0 on its outputs)."
+                "need the same one: build the student on the teacher's tokenizer, distil through labels that "
+                "the teacher generates (alpha=0 on its outputs), or, for a causal model, take "
+                "divergence='uld' with the teacher's own columns (hf_kd.data.unlike)."
             )
     if student_size == teacher_size:
         return ClassMap()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .findings import Report
+from .loss_checks import check_coupling, check_divergence
 from .matching import first_eval_dataset, queries_differ
 from .objective import counts_of
 from .rows import ROW
@@ -103,13 +104,7 @@ def _check_options(trainer: DistillationTrainer, report: Report) -> None:
         report.add(
             "label_smoothing_factor", "label_smoothing_factor has no meaning for regression; set it to 0."
         )
-    spread = args.gradient_accumulation_steps * trainer.accelerator.num_processes
-    if trainer.task.batch_coupled and spread > 1:
-        report.warnings.append(
-            f"Task {trainer.task.name!r} compares the rows of a micro-batch with each other, so its loss "
-            f"depends on per_device_train_batch_size={args.per_device_train_batch_size}: {spread} "
-            "micro-batches per step are not one batch of that many rows."
-        )
+    check_coupling(trainer, report)
     if getattr(getattr(trainer.student, "config", None), "output_router_logits", False):
         report.warnings.append(
             "config.output_router_logits=True: the router's auxiliary loss is not part of this objective."
@@ -210,6 +205,7 @@ def _check_batch(
             "Check the preprocessing, or set alpha=1 and supervise='all' to distil without labels.",
         )
         return
+    check_divergence(trainer, batch, supervision, report)
     logits = _check_models_on(trainer, batch, supervision, report)
     if logits is not None and teacher_is_trained:
         _check_teacher_knows(trainer, logits, supervision, report)
@@ -246,7 +242,7 @@ def _check_models_on(
     if trainer.teacher is None or not trainer.distils:
         return None
     try:
-        teacher = task.flat(trainer.teacher(inputs).dense(), batch)
+        teacher = task.teacher_positions(task.flat(trainer.teacher(inputs).dense(), batch), batch)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         report.add("teacher", f"The teacher cannot run on the first batch ({type(error).__name__}: {error}).")
         return None
@@ -260,7 +256,8 @@ def _check_models_on(
         )
         return None
     z, t = trainer.objective.classes.student(student), trainer.objective.classes.teacher(teacher)
-    if z.shape[-1] != t.shape[-1]:
+    unlike = trainer.objective.classes.unlike
+    if not unlike and z.shape[-1] != t.shape[-1]:
         report.add(
             "teacher",
             f"teacher: its head has {t.shape[-1]} classes, the student's {z.shape[-1]}; give both the same "
@@ -271,7 +268,7 @@ def _check_models_on(
         report.add("teacher", "teacher: its logits on the first batch are NaN or infinite; check its dtype.")
         return None
     per_position = supervision.task_weight.shape == supervision.kd_weight.shape
-    return teacher if labels_fit and task.kind == "classes" and per_position else None
+    return teacher if labels_fit and not unlike and task.kind == "classes" and per_position else None
 
 
 def _check_labels(

@@ -85,9 +85,7 @@ class _Evaluation:
 
 def _given(options: Any) -> dict[str, Any]:
     """The options that are not at their defaults, as they go into a file."""
-    defaults = {
-        spec.name: spec.default for spec in dataclasses.fields(options) if spec.init and spec.repr
-    }
+    defaults = {spec.name: spec.default for spec in dataclasses.fields(options) if spec.init and spec.repr}
     return {
         name: value
         for name, value in resolved_options(options).items()

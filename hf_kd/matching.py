@@ -17,6 +17,9 @@ from .alignment import (
     first_difference,
     tokenizer_of,
 )
+from .losses.divergences import resolve_divergence
+from .losses.needs import needs_of
+from .options import as_mapping
 from .processors import PixelMap, align_processors
 from .teachers.models import TEACHER_PREFIX, ModelTeacher
 
@@ -39,7 +42,22 @@ def match_classes(trainer: DistillationTrainer) -> ClassMap:
     if trainer.task.name not in VOCABULARY_TASKS:
         return align_labels(student_config, teacher_config)
     sizes = _vocab_size(trainer.student), _vocab_size(teacher.model)
-    return align_vocabulary(*sizes, trainer.processing_class, _teacher_processor(trainer, teacher))
+    try:
+        return align_vocabulary(*sizes, trainer.processing_class, _teacher_processor(trainer, teacher))
+    except AlignmentError:
+        if trainer.task.name != "causal-lm" or not _blind_to_classes(trainer):
+            raise
+    note = f"divergence={trainer.args.divergence!r} compares unlike vocabularies, {sizes[0]} and {sizes[1]}."
+    return ClassMap(unlike=True, notes=(note,))
+
+
+def _blind_to_classes(trainer: DistillationTrainer) -> bool:
+    """Whether the divergence compares models whose classes don't correspond."""
+    args = trainer.args
+    if args.divergence in (None, "auto"):
+        return False
+    options = as_mapping(args.divergence_options)
+    return needs_of(resolve_divergence(args.divergence, options)).unlike_classes
 
 
 def match_inputs(trainer: DistillationTrainer) -> PixelMap | None:

@@ -9,6 +9,7 @@ by the number of ranks. The gradient of a step then depends on the examples in i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from .alignment import ClassMap
 from .losses.divergences import Divergence, entropy, forward_kl, log_probs, resolve_divergence
+from .losses.logits import unlike_log_probs
+from .losses.needs import Needs, needs_of
 from .losses.vectors import VECTOR_LOSSES
 from .tasks import Supervision, Task
 from .tasks.base import full_precision, row_of, take
@@ -95,8 +98,8 @@ class Objective:
 
     Attributes:
         task: The head.
-        divergence: `(log_q[N, C], log_p[N, C]) -> [N]`; for embeddings `(student[N, H], teacher[N, H]) ->
-            [N]`; unused for regression, which is compared by squared error.
+        divergence: `(log_q[N, C], log_p[N, C], ...) -> [N]`; for embeddings `(student[N, H], teacher[N, H])
+            -> [N]`; unused for regression, which is compared by squared error.
         classes: How the teacher's classes map to the student's.
         label_smoothing: Weight of the uniform distribution in the task loss's target.
         divergence_name: What the divergence was chosen by, if it was a name.
@@ -136,10 +139,13 @@ class Objective:
             task: A task term computed elsewhere (already divided by the global count); None: computed here.
             outputs: What the student returned, for task losses that read more than logits.
         """
+        student, taught = self.task.split(outputs, student)
         if selection.kd is not None and selection.task is selection.kd:
             # Both terms read the same positions: large logits are gathered once.
             index, selection = selection.kd, Selection(None, None)
+            same = taught is student
             student, teacher = take(student, index), None if teacher is None else take(teacher, index)
+            taught = student if same else take(taught, index)
             supervision = replace(
                 supervision,
                 labels=take(supervision.labels, index),
@@ -151,7 +157,7 @@ class Objective:
             task = (terms.losses * terms.weight).sum() / counts.task.clamp_min(_TINY)
         kd = None
         if teacher is not None and mix.alpha > 0.0:
-            kd = self.kd_sum(student, teacher, supervision, selection.kd, mix) / counts.kd.clamp_min(_TINY)
+            kd = self.kd_sum(taught, teacher, supervision, selection.kd, mix) / counts.kd.clamp_min(_TINY)
         weighted = [w * term for w, term in ((1.0 - mix.alpha, task), (mix.alpha, kd)) if term is not None]
         # A micro-batch with nothing to learn from is an exact zero that keeps the graph: a rank without it
         # would leave the others waiting in the gradient exchange.
@@ -171,16 +177,40 @@ class Objective:
         weight = take(supervision.kd_weight, index)
         if self.task.kind != "classes":
             return (self.distance(z, t) * weight).sum()
-        log_q, log_p = log_probs(
-            z, t, temperature=mix.temperature, teacher_temperature=mix.teacher_temperature
+        values = self.compare(
+            z, t, self._labels_of(supervision, index), mix.temperature, mix.teacher_temperature
         )
-        return (self.divergence(log_q, log_p) * weight).sum() * mix.temperature**2
+        return (values * weight).sum() * mix.temperature**2
+
+    def compare(
+        self, z: Tensor, t: Tensor, labels: Tensor | None, temperature: float, teacher_temperature: float
+    ) -> Tensor:
+        """`[N]` divergence of logits in the same classes, with what it reads besides (`losses/needs.py`)."""
+        temperatures = {"temperature": temperature, "teacher_temperature": teacher_temperature}
+        make = unlike_log_probs if self.classes.unlike else log_probs
+        context = {"labels": labels, "student_logits": z, "teacher_logits": t, **temperatures}
+        asked = {name: context[name] for name in self.needs.reads}
+        return self.divergence(*make(z, t, **temperatures), **asked)
+
+    @functools.cached_property
+    def needs(self) -> Needs:
+        """What the divergence asks for."""
+        return needs_of(self.divergence)
+
+    def _labels_of(self, supervision: Supervision, index: Tensor | None) -> Tensor | None:
+        """Classes of the selected positions, where labels are one per position."""
+        labels = supervision.labels
+        if not isinstance(labels, Tensor) or labels.shape != supervision.kd_weight.shape:
+            return None
+        return self.task.target_classes(take(labels, index))
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """`[N]` distance of numbers (squared error) or vectors (the divergence), without a temperature."""
+        """`[N]` distance of numbers (squared error), vectors or unlike classes (the divergence) at T = 1."""
         student, teacher = full_precision(student), full_precision(teacher)
         if self.task.kind == "regression":
             return (student - teacher).square().sum(-1)
+        if self.classes.unlike:
+            return self.compare(student, teacher, None, 1.0, 1.0)
         return self.divergence(student, teacher)
 
     @torch.no_grad()
@@ -207,7 +237,7 @@ class Objective:
         raw = take(teacher, index)
         z, t = self.classes.student(take(student, index)), self.classes.teacher(raw)
         add("kd_count", torch.ones_like(weight), weight, rows)
-        if self.task.kind != "classes":
+        if self.task.kind != "classes" or self.classes.unlike:
             add("distance", self.distance(z, t), weight, rows)
             return out
         log_q, log_p = log_probs(z, t, temperature=1.0, teacher_temperature=1.0)
@@ -231,7 +261,7 @@ class Objective:
         return means
 
     def _teacher_statistics(self) -> tuple[str, ...]:
-        if self.task.kind != "classes":
+        if self.task.kind != "classes" or self.classes.unlike:
             return ("distance",)
         names = ("kl", "agreement", "teacher_entropy")
         return names if self.classes.shared is None else (*names, "teacher_mass_dropped")

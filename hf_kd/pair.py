@@ -73,7 +73,7 @@ class Pair:
         student = self.positions(outputs, batch)
         if not distil or self.teacher is None:
             return outputs, student, None
-        teacher = self.task.flat(self.teacher(inputs).dense(), batch)
+        teacher = self.task.teacher_positions(self.task.flat(self.teacher(inputs).dense(), batch), batch)
         if len(teacher) != len(student):
             raise ValueError(
                 f"The student has {len(student)} positions in this batch, the teacher {len(teacher)}: the "

@@ -34,6 +34,8 @@ def predictions(outputs: Any, names: tuple[str, ...], config: Any, ignore_keys: 
         ignore_keys = [*getattr(config, "keys_to_ignore_at_inference", ()), "past_key_values"]
         # A config may ask for these; gathered over a data set they would fill the memory.
         ignore_keys += [key for key in outputs if key.endswith(("hidden_states", "attentions"))]
+        # The two halves of a student with a distillation token; `logits` is their mean.
+        ignore_keys += ["cls_logits", "distillation_logits"]
     kept = tuple(value for key, value in outputs.items() if key not in {"loss", *ignore_keys})
     return kept[0] if len(kept) == 1 else kept
 

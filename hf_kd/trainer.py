@@ -39,7 +39,7 @@ from .projection import Projection
 from .records import TEACHER_FILE, check_teacher, write_options, write_teacher
 from .rows import ROW, RowCollator, RowDataset
 from .schedules import schedule
-from .tasks import Batch, Supervision, Task, resolve_task
+from .tasks import TEXT_ENDS, Batch, Supervision, Task, resolve_task
 from .teachers import ModelTeacher, Teacher, resolve_teacher
 from .terms import TermLog
 
@@ -236,7 +236,7 @@ class DistillationTrainer(Trainer):
         if self._signature_columns is not None:
             return
         super()._set_signature_columns_if_needed()
-        extra = {ROW, "shift_labels", "span_mask", "special_tokens_mask", *self.task.labels}
+        extra = {ROW, "shift_labels", "span_mask", "special_tokens_mask", *TEXT_ENDS, *self.task.labels}
         if self.teacher is not None:
             extra |= set(self.teacher.columns)
         columns: list[str] = self._signature_columns or []

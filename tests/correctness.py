@@ -56,11 +56,8 @@ SECTIONS: dict[str, dict[int, Trap]] = {
             "A teacher cut to its top k: renormalised (wrong direction) or not (over-confident)",
             "the fused loss alone reads such teachers so far; the trainer has none to offer",
         ),
-        13: Trap(
-            "Losses that compare the rows of a batch depend on the size of the micro-batch",
-            "DIST and relation losses are not part of the library",
-        ),
-        14: Trap("DKD that does not add up to KD at equal weights", "DKD is not part of the library"),
+        13: Trap("Losses that compare the rows of a batch depend on the size of the micro-batch"),
+        14: Trap("DKD that does not add up to KD at equal weights"),
     },
     "Trainer and Accelerate": {
         15: Trap("The step's count is ignored: accumulation 4 gives 4 times the gradient"),

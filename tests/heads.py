@@ -553,8 +553,16 @@ def forward_row(model: nn.Module, row: Row) -> Any:
     return model(**inputs)
 
 
-def naive_divergence(name: str, q: Tensor, p: Tensor) -> Tensor:
-    """Divergences from their definitions, on probabilities in float64."""
+def naive_divergence(
+    name: str, q: Tensor, p: Tensor, *, z: Tensor, t: Tensor, label: int, temperature: float
+) -> Tensor:
+    """Divergences of one position from their definitions, on probabilities in float64.
+
+    Those that look at raw logits `z` and `t`, or at the label, come without the `T^2` that all are multiplied
+    by. DIST is its first term; the other one compares rows.
+    """
+    target = int(label) if label >= 0 else int(t.argmax())
+    others = [c for c in range(len(q)) if c != target]
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
         return (a * (a.log() - b.log())).sum()
@@ -565,6 +573,30 @@ def naive_divergence(name: str, q: Tensor, p: Tensor) -> Tensor:
     def alpha_beta(a: float, b: float) -> Tensor:
         mixed = a / (a + b) * p ** (a + b) + b / (a + b) * q ** (a + b)
         return (mixed - p**a * q**b).sum() / (a * b)
+
+    def rest() -> Tensor:
+        return kl(p[others] / p[others].sum(), q[others] / q[others].sum())
+
+    def dkd() -> Tensor:
+        pair = [torch.stack([a[target], a[others].sum()]) for a in (p, q)]
+        return kl(*pair) + 8.0 * rest()
+
+    def nkd() -> Tensor:
+        first = -t.softmax(-1)[target] * z.log_softmax(-1)[target]
+        return first / temperature**2 + 1.5 * rest()
+
+    def standardised_kl() -> Tensor:
+        one, other = ((a - a.mean()) / a.std(correction=0) / temperature for a in (t, z))
+        return kl(one.softmax(-1), other.softmax(-1))
+
+    def adaptive_kl() -> Tensor:
+        held, head = 0.0, []
+        for c in p.argsort(descending=True).tolist():
+            head += [c] if held < 0.5 else []
+            held += float(p[c])
+        gap = (p - q).abs().detach()
+        share = gap[head].sum() / gap.sum()
+        return share * kl(p, q) + (1 - share) * kl(q, p)
 
     m = 0.5 * (p + q)
     return {
@@ -577,6 +609,13 @@ def naive_divergence(name: str, q: Tensor, p: Tensor) -> Tensor:
         "tvd": lambda: 0.5 * (p - q).abs().sum(),
         "logit_mse": lambda: (centred(q) - centred(p)).square().mean(),
         "alpha_beta": lambda: alpha_beta(0.2, 0.7),
+        "adaptive_kl": adaptive_kl,
+        "uld": lambda: (p.sort()[0] - q.sort()[0]).abs().sum(),
+        "dkd": dkd,
+        "nkd": nkd,
+        "dist": lambda: 1 - torch.corrcoef(torch.stack([p, q]))[0, 1],
+        "standardised_kl": standardised_kl,
+        "hard_labels": lambda: -z.log_softmax(-1)[t.argmax()] / temperature**2,
     }[name]()
 
 
@@ -614,7 +653,8 @@ def oracle(
                 task_weight += weight
                 continue
             p, q = (t / temperature).softmax(-1), (z / temperature).softmax(-1)
-            kd = kd + weight * temperature**2 * naive_divergence(divergence, q, p)
+            value = naive_divergence(divergence, q, p, z=z, t=t, label=int(y), temperature=temperature)
+            kd = kd + weight * temperature**2 * value
             if y != -100:
                 log_q = z.log_softmax(-1)
                 task = task - weight * ((1 - smoothing) * log_q[y] + smoothing * log_q.mean())

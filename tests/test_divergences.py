@@ -46,6 +46,9 @@ CASES = [
     ("alpha_beta", {"a": 0.0, "b": 0.5}),
     ("alpha_beta", {"a": 0.0, "b": 0.0}),
     ("logit_mse", {}),
+    ("adaptive_kl", {}),
+    ("adaptive_kl", {"mu": 0.9}),
+    ("uld", {}),
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in options.items())]) for name, options in CASES]
 every_divergence = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
@@ -76,6 +79,19 @@ def oracle(name: str, z: Tensor, t: Tensor, temperature: float = 1.0, **options:
         terms = (s * log_p).exp() * a / s + (s * log_q).exp() * b / s - (a * log_p + b * log_q).exp()
         return terms.sum(-1) / (a * b)
 
+    def adaptive_kl(mu: float = 0.5) -> Tensor:
+        shares = []
+        for p, q in zip(log_p.exp().detach(), log_q.exp().detach(), strict=True):
+            held, head = 0.0, []
+            for c in p.argsort(descending=True).tolist():
+                if held < mu:
+                    head.append(c)
+                held += float(p[c])
+            gap = (p - q).abs()
+            shares.append(gap[head].sum() / gap.sum().clamp_min(1e-300))
+        share = torch.stack(shares)
+        return share * kl(log_p, log_q) + (1 - share) * kl(log_q, log_p)
+
     formulas = {
         "forward_kl": lambda: kl(log_p, log_q),
         "reverse_kl": lambda: kl(log_q, log_p),
@@ -86,6 +102,8 @@ def oracle(name: str, z: Tensor, t: Tensor, temperature: float = 1.0, **options:
         "tvd": lambda: (log_q.exp() - log_p.exp()).abs().sum(-1) / 2,
         "alpha_beta": alpha_beta,
         "logit_mse": lambda: ((z - t).double() / temperature).var(-1, correction=0),
+        "adaptive_kl": adaptive_kl,
+        "uld": lambda: (log_q.exp().sort(-1)[0] - log_p.exp().sort(-1)[0]).abs().sum(-1),
     }
     return formulas[name](**options)
 
@@ -270,7 +288,7 @@ def test_exact_near_convergence(temperature: float) -> None:
     assert reached.sum() >= 4
 
     for name, options in CASES:
-        if name not in ("tvd", "logit_mse") and options.get("a", 1) > 0:
+        if name not in ("tvd", "uld", "logit_mse") and options.get("a", 1) > 0:
             values, _ = value_and_grad(name, z, t, temperature, **options)
             expected = oracle(name, z, t, temperature, **options)
             errors = (values.double() - expected).abs() / expected.clamp_min(1e-8)

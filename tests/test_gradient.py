@@ -9,11 +9,12 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, TrainerCallback
 
 from hf_kd import DIVERGENCES, DistillationArguments, DistillationTrainer
+from hf_kd.losses import LOGIT_LOSSES
 
-from .heads import HEADS, Collator, Head, Row, forward_row, models, oracle, rows_of
+from .heads import HEADS, Collator, Head, Row, forward_row, models, oracle, rows_of, vit
 
 
 class Gradients(TrainerCallback):
@@ -118,15 +119,24 @@ def test_alpha(tmp_path: Path, name: str, alpha: float) -> None:
     assert_same(grads, expected_grads, 1e-6)
 
 
-@pytest.mark.parametrize("divergence", sorted(set(DIVERGENCES) - {"forward_kl"}))
+@pytest.mark.parametrize("divergence", sorted({*DIVERGENCES, *LOGIT_LOSSES} - {"forward_kl"}))
 @pytest.mark.parametrize("name", ["single-label", "multi-label", "causal-lm"])
 def test_divergences(tmp_path: Path, name: str, divergence: str) -> None:
-    """Trap 5: every divergence through the trainer, argument order included."""
+    """Trap 5: every divergence through the trainer, argument order and what it reads besides included."""
     head = HEADS[name]
     student, teacher = models(head)
     rows = rows_of(head, 4)
+    # Its other term compares the rows of a micro-batch.
+    options = {"divergence_options": {"gamma": 0}} if divergence == "dist" else {}
     _, grads = step(
-        tmp_path, head, student, teacher, rows, divergence=divergence, gradient_accumulation_steps=2
+        tmp_path,
+        head,
+        student,
+        teacher,
+        rows,
+        divergence=divergence,
+        gradient_accumulation_steps=2,
+        **options,
     )
     assert_same(grads, oracle(head, student, teacher, rows, divergence=divergence)[1])
 
@@ -357,3 +367,46 @@ def test_compiled_student(tmp_path: Path) -> None:
     )
     expected = oracle(head, student, teacher, rows)[1]
     assert_same({n.removeprefix("_orig_mod."): g for n, g in grads.items()}, expected)
+
+
+@pytest.mark.parametrize("divergence", ["hard_labels", "forward_kl"])
+def test_distillation_token(tmp_path: Path, divergence: str) -> None:
+    """DeiT's two heads: labels teach the class token, the teacher the other; evaluation reads their mean."""
+    head = HEADS["image"]
+    _, teacher = models(head)
+    config = DeiTConfig(**{k: v for k, v in vit(16).to_dict().items() if k not in ("model_type", "dtype")})
+    torch.manual_seed(1)
+    student = DeiTForImageClassificationWithTeacher(config).double()
+    for parameter in student.parameters():
+        parameter.data.normal_(0.0, 0.25)
+    rows = rows_of(head, 4)
+    loss, grads = step(
+        tmp_path, head, student, teacher, rows, divergence=divergence, gradient_accumulation_steps=2
+    )
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        out, t = forward_row(student, row), forward_row(teacher, row).logits[0].detach()
+        taught = out.distillation_logits[0]
+        if divergence == "hard_labels":
+            kd = -taught.log_softmax(-1)[t.argmax()]
+        else:
+            p, q = (t / 2).softmax(-1), (taught / 2).softmax(-1)
+            kd = 4 * (p * (p / q).log()).sum()
+        total = total + 0.5 * (kd - out.cls_logits[0].log_softmax(-1)[row["labels"]]) / len(rows)
+    assert loss == pytest.approx(float(total), rel=1e-6)
+    expected = torch.autograd.grad(total, list(student.parameters()))
+    assert_same(grads, {n: g for (n, _), g in zip(student.named_parameters(), expected, strict=True)})
+
+    trainer = DistillationTrainer(
+        student,
+        DistillationArguments(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True),
+        teacher=teacher,
+        eval_dataset=rows,
+        data_collator=Collator(head),
+    )
+    found = trainer.predict(rows)
+    mean = torch.stack([forward_row(student, row).logits[0] for row in rows]).detach()
+    assert torch.allclose(torch.as_tensor(found.predictions), mean)
+    labels = torch.tensor([row["labels"] for row in rows])
+    expected_loss = nn.functional.cross_entropy(mean, labels)
+    assert found.metrics["test_loss"] == pytest.approx(float(expected_loss))

@@ -84,7 +84,8 @@ def oracle(rows: Rows, mix: Mix = HALF, divergence: str = "forward_kl") -> Tenso
         if y != -100:
             task.append(-z.log_softmax(-1)[y])
             p, q = (t / mix.teacher_temperature).softmax(-1), (z / mix.temperature).softmax(-1)
-            kd.append(mix.temperature**2 * naive_divergence(divergence, q, p))
+            value = naive_divergence(divergence, q, p, z=z, t=t, label=int(y), temperature=mix.temperature)
+            kd.append(mix.temperature**2 * value)
     return (1 - mix.alpha) * torch.stack(task).mean() + mix.alpha * torch.stack(kd).mean()
 
 

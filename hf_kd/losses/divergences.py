@@ -25,9 +25,11 @@ How: near convergence a KL is the small difference of large numbers. `sum p * (l
 error of about 1e-6 in fp32, more than the KL itself at the end of a run. Since `sum q = sum p = 1`, the same
 KL is `sum p * (expm1(d) - d)` with `d = log q - log p`, whose terms are all non-negative and of second order.
 
+Losses on logits that are more than that (targets, correlations, other vocabularies) are in `logits.py`.
+
 Your own divergence is a function of the same shape: pass it as a callable, or as `"package.module:function"`.
 Autograd differentiates it; masked classes are `-inf` in both arguments, where `exp` is safe and a difference
-is not.
+is not. If it names `labels`, raw logits or the temperature as keywords, it gets them (`needs.py`).
 """
 
 from __future__ import annotations
@@ -35,12 +37,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import kernels
+from .logits import LOGIT_LOSSES, adaptive_kl, uld
 from .named import check_call, find
+from .needs import needs_of
 from .rows import log_probs, sum_over_classes
 
 __all__ = [
@@ -60,7 +65,8 @@ __all__ = [
     "tvd",
 ]
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
+#: `(log_q[N, C], log_p[N, C], **what it reads besides) -> [N]`
+Divergence = Callable[..., Tensor]
 
 # Closer to 0, fp32 can't hold both a weight and its complement, and an exponent divides a rounding error.
 _SMALLEST_WEIGHT = 1e-3
@@ -343,6 +349,8 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "tvd": tvd,
     "alpha_beta": alpha_beta,
     "logit_mse": logit_mse,
+    "adaptive_kl": adaptive_kl,
+    "uld": uld,
 }
 
 
@@ -350,28 +358,37 @@ def resolve_divergence(spec: str | Divergence, options: Mapping[str, float] | No
     """Find a divergence by name, by import path, or as it is, and bind its options.
 
     Args:
-        spec: A name in `DIVERGENCES`, `"package.module:function"`, or a callable `(log_q, log_p) -> [N]`.
+        spec: A name in `DIVERGENCES` or `LOGIT_LOSSES`, `"package.module:function"`, or a callable
+            `(log_q, log_p) -> [N]`, which may name more (`needs.py`).
         options: Its keyword arguments, such as `{"beta": 0.1}`.
 
     Returns:
-        `(log_q, log_p) -> [N]`. One that is not ours is checked, at each call, to return one value a row.
+        `(log_q, log_p, ...) -> [N]`. One that is not ours is checked at each call: it must return one value a
+        row.
 
     Raises:
         ValueError: If there is no such divergence, it has no such option, or the option is out of range.
     """
-    function = find("divergence", spec, DIVERGENCES)
+    known = {**DIVERGENCES, **LOGIT_LOSSES}
+    function = find("divergence", spec, known)
     options = dict(options or {})
     name = spec if isinstance(spec, str) else getattr(spec, "__name__", repr(spec))
-    check_call("divergence", name, function, ("log_q", "log_p"), options)
+    reads = needs_of(function).reads
+    check_call("divergence", name, function, ("log_q", "log_p"), options, given=reads)
     bound = functools.partial(function, **options) if options else function
-    if function in DIVERGENCES.values():
-        bound(torch.zeros(1, 2), torch.zeros(1, 2))  # a value out of range raises here, before any training
+    if function in known.values():
+        # A value out of range raises here, before any training.
+        some = torch.zeros(2, 2)
+        context = {"labels": torch.zeros(2, dtype=torch.long), "temperature": 1.0, "teacher_temperature": 1.0}
+        bound(some, some, **{key: context.get(key, some) for key in reads})
         return bound
-    return functools.wraps(function)(functools.partial(_checked, bound, name))
+    checked = functools.wraps(function)(functools.partial(_checked, bound, name))
+    checked.__wrapped__ = bound
+    return checked
 
 
-def _checked(function: Divergence, name: str, log_q: Tensor, log_p: Tensor) -> Tensor:
-    values = function(log_q, log_p)
+def _checked(function: Divergence, name: str, log_q: Tensor, log_p: Tensor, **context: Any) -> Tensor:
+    values = function(log_q, log_p, **context)
     if not isinstance(values, Tensor) or values.shape != log_q.shape[:-1]:
         got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
         raise ValueError(

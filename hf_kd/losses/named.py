@@ -45,7 +45,13 @@ def find(
 
 
 def check_call(
-    option: str, name: str, function: Callable[..., Any], values: tuple[str, ...], options: Mapping[str, Any]
+    option: str,
+    name: str,
+    function: Callable[..., Any],
+    values: tuple[str, ...],
+    options: Mapping[str, Any],
+    *,
+    given: tuple[str, ...] = (),
 ) -> None:
     """Check that `function(*values, **options)` is a possible call, without making it.
 
@@ -56,6 +62,7 @@ def check_call(
         function: The function.
         values: Names of the positional arguments.
         options: The keyword arguments.
+        given: Names of keyword arguments that the caller fills in; they are no options.
 
     Raises:
         ValueError: If an option is unknown (with the nearest one) or missing, or the arguments don't fit.
@@ -67,7 +74,7 @@ def check_call(
     parameters = list(signature.parameters.values())
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        known = [p.name for p in parameters[len(values) :] if p.kind in named]
+        known = [p.name for p in parameters[len(values) :] if p.kind in named and p.name not in given]
         for key in options:
             if key not in known:
                 raise ValueError(
@@ -75,7 +82,7 @@ def check_call(
                     f"{', '.join(known) or 'none'}"
                 )
     try:
-        signature.bind(*values, **options)
+        signature.bind(*values, **options, **dict.fromkeys(given))
     except TypeError as error:
         raise ValueError(
             f"{option}={name} can't be called with ({', '.join(values)}) and "

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 from .base import IGNORE, Batch, Supervision, Task, TaskTerms, content_mask, token_mask
 from .dense import CTC, Embedding, EmbeddingSimilarity, ImageText, ObjectDetection, Segmentation
-from .text import CausalLM, QuestionAnswering, Seq2SeqLM, SequenceClassification
+from .text import TEXT_ENDS, CausalLM, DistillationToken, QuestionAnswering, Seq2SeqLM, SequenceClassification
 
 __all__ = [
     "IGNORE",
     "TASKS",
+    "TEXT_ENDS",
     "Batch",
     "Supervision",
     "Task",
@@ -169,6 +170,8 @@ def resolve_task(task: str | Task | None, model: Any, *, supervise: str = "auto"
     if supervise not in ("auto", "all"):
         raise ValueError(f"supervise={supervise!r} is not known; choose 'auto' or 'all'.")
     changes: dict[str, Any] = {"config": config, "supervise": supervise}
+    if task.name == "image-classification" and _has_distillation_token(base):
+        task = DistillationToken(**{f.name: getattr(task, f.name) for f in fields(task)})
     if isinstance(task, SequenceClassification):
         changes["problem_type"] = problem_type(config)
         changes["kind"] = "regression" if changes["problem_type"] == "regression" else "classes"
@@ -177,6 +180,10 @@ def resolve_task(task: str | Task | None, model: Any, *, supervise: str = "auto"
     if isinstance(task, CTC):
         changes["frames"] = getattr(base, "_get_feat_extract_output_lengths", None)
     return replace(task, **changes)
+
+
+def _has_distillation_token(base: Any) -> bool:
+    return any(kind.__name__.endswith("ForImageClassificationWithTeacher") for kind in type(base).__mro__)
 
 
 def _found_task(base: Any, config: Any) -> str:

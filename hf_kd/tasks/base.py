@@ -185,6 +185,21 @@ class Task:
             losses, take(supervision.task_weight, index), row_of(supervision.task_weight, index, supervision)
         )
 
+    def split(self, outputs: Any, student: Tensor) -> tuple[Tensor, Tensor]:
+        """While training: the logits `[P, C]` that labels teach, and those that the teacher teaches.
+
+        Both are the head's own, but for models with a head for each.
+        """
+        return student, student
+
+    def target_classes(self, labels: Tensor) -> Tensor:
+        """Labels `[N]` as classes of `[N, C]` logits; negative: no label."""
+        return labels
+
+    def teacher_positions(self, values: Tensor, batch: Batch) -> Tensor:
+        """The teacher's `[P_t, C]` at the student's positions `[P, C]`; the same, where inputs are shared."""
+        return values
+
     def model_inputs(self, batch: Batch, model: Any) -> dict[str, Any]:
         """What the models read: the batch without its labels, so that no head computes a loss of its own."""
         return {k: v for k, v in batch.items() if k not in self.labels}

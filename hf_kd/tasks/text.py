@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import IGNORE, Batch, Logits, Task, token_mask
+from .base import IGNORE, Batch, Logits, Supervision, Task, token_mask
+
+#: Columns that say where in the text each token ends, for a student and a teacher of unlike tokenizers.
+TEXT_ENDS = ("text_ends", "teacher_text_ends")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,12 @@ class SequenceClassification(Task):
             return rows
         return rows[:, None].expand(-1, max(int(getattr(self.config, "num_labels", 1)), 1))
 
+    def target_classes(self, labels: Tensor) -> Tensor:
+        """Of a label among several: 0 present, 1 absent, as `flat` orders the pair."""
+        if self.problem_type != "multi":
+            return labels
+        return torch.where(labels == self.ignore_index, self.ignore_index, labels < 0.5).long()
+
     def task_losses(self, logits: Tensor, labels: Tensor, *, label_smoothing: float) -> Tensor:
         """Cross-entropy with a class, or with each label's probability; the squared error for numbers."""
         if self.problem_type == "regression":
@@ -60,6 +70,26 @@ class SequenceClassification(Task):
             target = labels.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
             return F.binary_cross_entropy_with_logits(logits[:, 0] - logits[:, 1], target, reduction="none")
         return super().task_losses(logits, labels, label_smoothing=label_smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationToken(SequenceClassification):
+    """A classifier with a head for each teacher of it: labels teach one, the teacher model the other.
+
+    DeiT's and LeViT's `...ForImageClassificationWithTeacher` (Touvron et al. 2021): `cls_logits`,
+    `distillation_logits`, and `logits`, their mean, which evaluation reads.
+    """
+
+    def split(self, outputs: Any, student: Tensor) -> tuple[Tensor, Tensor]:
+        """The class token's logits, and the distillation token's."""
+        names = ("cls_logits", "distillation_logits")
+        if not isinstance(outputs, Mapping) or any(outputs.get(name) is None for name in names):
+            raise ValueError(
+                f"A student with a distillation token returns {' and '.join(names)}, but this one returned "
+                f"{sorted(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__}."
+            )
+        first, second = (self.flat({self.logits[0]: outputs[name]}, {}) for name in names)
+        return first, second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +112,22 @@ class CausalLM(Task):
         if mask is None or mask.shape != shifted.shape:
             return shifted
         return shifted.masked_fill(mask == 0, self.ignore_index)
+
+    def supervise_batch(self, batch: Batch) -> Supervision:
+        """Tokens that count; with a teacher of unlike tokens, those that end where one of its own does."""
+        supervision = super().supervise_batch(batch)
+        where = counterparts(batch)
+        if where is None:
+            return supervision
+        return replace(supervision, kd_weight=supervision.kd_weight * (where >= 0).reshape(-1))
+
+    def teacher_positions(self, values: Tensor, batch: Batch) -> Tensor:
+        """The teacher's logits after the same text, where it reads tokens of its own."""
+        where = counterparts(batch)
+        if where is None:
+            return values
+        first = torch.arange(len(where), device=where.device) * batch["teacher_text_ends"].shape[1]
+        return values.index_select(0, (first[:, None] + where.clamp_min(0)).reshape(-1))
 
     def exists(self, batch: Batch) -> Tensor:
         """Token i and token i + 1 both exist and belong to the same packed sequence."""
@@ -189,3 +235,23 @@ def decoder_inputs(labels: Tensor, model: Any) -> Tensor:
         )
     shifted = F.pad(labels[:, :-1], (1, 0), value=start)
     return shifted.masked_fill(shifted == IGNORE, pad)
+
+
+def counterparts(batch: Batch) -> Tensor | None:
+    """For each of the student's tokens, the teacher's token that ends at the same place in the text.
+
+    Args:
+        batch: With `text_ends` `[B, L]` and `teacher_text_ends` `[B, L_t]`: the character after each token's
+            last one, -1 for tokens without text (special ones, padding).
+
+    Returns:
+        `[B, L]` indices, -1 where there is none; None for a batch without those columns. Where several tokens
+        end at one place (the bytes of one character), only the last of them has read the text up to there.
+    """
+    ends, teacher_ends = (batch.get(name) for name in TEXT_ENDS)
+    if ends is None or teacher_ends is None:
+        return None
+    complete = [(e >= 0) & (e != F.pad(e[:, 1:], (0, 1), value=-1)) for e in (ends, teacher_ends)]
+    same = (ends[:, :, None] == teacher_ends[:, None, :]) & complete[1][:, None, :]
+    found, where = same.to(torch.uint8).max(-1)
+    return torch.where((found > 0) & complete[0], where, -1)
