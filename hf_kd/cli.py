@@ -28,6 +28,7 @@ hf-kd: distil a Transformers model into a small one, and see what it gained
   hf-kd check ...                      the same options: load, look, train nothing
   hf-kd recipes [NAME]                 list the shipped recipes, or print one
   hf-kd report DIR                     what a run found, as a table, an HTML page and Markdown with charts
+  hf-kd publish DIR REPOSITORY         put the student of a run on the Hub, with its card and report
   hf-kd distill --help                 the options
 
 On several processes or devices: accelerate launch scripts/distill.py ... (the same options)
@@ -132,7 +133,31 @@ def make_report(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"distill": distill, "check": check, "recipes": list_recipes, "report": make_report}
+def publish_run(argv: list[str]) -> int:
+    """Put the student of a finished run on the Hub, with its card and report."""
+    private = "--private" in argv
+    given = [word for word in argv if word != "--private"]
+    if len(given) != 2 or given[0].startswith("-"):
+        sys.stdout.write(
+            "hf-kd publish DIR REPOSITORY [--private]     upload the student in DIR, its card, report and "
+            "options to the Hub\n"
+        )
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    from pathlib import Path
+
+    from hf_kd.publish import publish
+
+    sys.stdout.write(f"{publish(Path(given[0]), given[1], private=private or None)}\n")
+    return 0
+
+
+COMMANDS = {
+    "distill": distill,
+    "check": check,
+    "recipes": list_recipes,
+    "report": make_report,
+    "publish": publish_run,
+}
 
 
 def help_text(command: str) -> str:

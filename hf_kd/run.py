@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.text import Text
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 
 from hf_kd import checks, report
 from hf_kd.card import write_card
@@ -22,6 +22,7 @@ from hf_kd.config import DistillationArguments
 from hf_kd.findings import Problem
 from hf_kd.options import DistillationOptions, RunOptions
 from hf_kd.pages import write_html
+from hf_kd.publish import publish
 from hf_kd.results import Results
 from hf_kd.setting import Setting, alone, load, wiring, with_trained_teacher
 from hf_kd.trainer import DistillationTrainer
@@ -41,6 +42,7 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
         ValueError: What does not exist or does not fit, before any training.
     """
     start = time.monotonic()
+    wish, args = args, _unpublished(args)
     setting = load(run, args)
     console = setting.console
     console.print(Text(describe(setting), style="dim"))
@@ -72,7 +74,24 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
     console.rule("results", align="left")
     report.print_table(results, console)
     console.print(Text(f"student and results are in {path.parent}, to be read in {page}", style="dim"))
+    if wish.push_to_hub:
+        name = wish.hub_model_id or args.folder.name
+        address = publish(args.folder, name, private=wish.hub_private_repo, token=wish.hub_token)
+        console.print(Text(f"published as {address}", style="dim"))
     return results
+
+
+def _unpublished(args: DistillationArguments) -> DistillationArguments:
+    """The arguments of training: Trainer would upload the teacher and the control that lie in its folder."""
+    if not args.push_to_hub:
+        return args
+    strategy = HubStrategy(args.hub_strategy)
+    if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"hub_strategy={strategy.value!r} uploads checkpoints, but hf-kd distill publishes the "
+            "finished student once, with its report: set hub_strategy='end'"
+        )
+    return dataclasses.replace(args, push_to_hub=False)
 
 
 def check(run: RunOptions, args: DistillationArguments, *, launch: str) -> list[Problem]:

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, ViTForImageClassification
+from transformers.trainer_utils import HubStrategy
 
 from hf_kd import run as runs
 from hf_kd import setting as settings
@@ -260,3 +261,10 @@ def test_a_run_resumes_from_its_last_checkpoint(tmp_path):
     )
     assert parts.arms["student"].metrics == whole.arms["student"].metrics
     assert parts.arms["student"].eval_kl == whole.arms["student"].eval_kl
+
+
+def test_a_run_uploads_no_checkpoints_with_their_neighbours(texts, tmp_path):
+    run, args = text_run(texts, tmp_path / "out")
+    args.push_to_hub, args.hub_strategy = True, HubStrategy.CHECKPOINT
+    with pytest.raises(ValueError, match="hub_strategy='checkpoint' uploads checkpoints.*hub_strategy='end'"):
+        runs.distill(run, args)

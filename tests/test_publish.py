@@ -1,0 +1,109 @@
+"""Publishing, from the command line, to a stand-in for the Hub on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_kd.card import write_card
+from hf_kd.options import RunOptions
+from hf_kd.pages import write_html
+from hf_kd.publish import publish, without_paths
+
+from .hub import hub
+from .test_report import results
+
+ROOT = Path(__file__).parent.parent
+TOKEN = "hf_not-to-be-seen"
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """What a run leaves in its folder: the student, and things that are nobody's business."""
+    out = tmp_path / "out"
+    config = BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20
+    )
+    BertForSequenceClassification(config).save_pretrained(out)
+    for name in ("teacher", "control", "checkpoint-2"):
+        (out / name).mkdir()
+        (out / name / "model.safetensors").write_bytes(b"0")
+    (out / "training_args.bin").write_bytes(b"0")
+    rows = str(tmp_path / "private place" / "rows.csv")
+    options = {
+        "teacher": "a/teacher",
+        "dataset": rows,
+        "alpha": 0.5,
+        "hub_model_id": "x/y",
+        "output_dir": "out",
+    }
+    (out / "distillation.yaml").write_text(yaml.safe_dump(options))
+    found = replace(results(), provenance={"dataset": rows, "seed": 1, "options": options})
+    found.write(out / "results.json")
+    write_html(found, out)
+    write_card(found, RunOptions(teacher="a/teacher", dataset=rows), out)
+    return out
+
+
+def run_cli(server, *arguments):
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    env |= {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "hf_kd", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=120)
+
+
+def test_the_student_its_card_and_its_report_are_published_and_nothing_else(finished):
+    with hub() as server:
+        done = run_cli(server, "publish", finished, "small", "--private")
+        assert done.returncode == 0, done.stderr
+        files = server.files["somebody/small"]
+    assert server.private == {"somebody/small": True}
+    assert {"config.json", "model.safetensors", "README.md", "report.html"} <= files.keys()
+    assert {"results.json", "distillation.yaml"} <= files.keys()
+    assert not any("/" in name for name in files) and "training_args.bin" not in files
+    assert files["model.safetensors"]["content"] == (finished / "model.safetensors").read_bytes()
+    assert not any(b"private place" in file["content"] for file in files.values())
+    options = yaml.safe_load(files["distillation.yaml"]["content"])
+    assert (
+        options["teacher"] == "a/teacher"
+        and options["dataset"] == "rows.csv"
+        and "hub_model_id" not in options
+    )
+    assert f"Bearer {TOKEN}" in server.tokens
+    assert TOKEN not in done.stdout + done.stderr
+    assert not any(TOKEN.encode() in file["content"] for file in files.values())
+    assert not list(finished.glob(".publish-*"))
+
+
+def test_what_the_hub_does_not_take_is_said_with_the_way_to_try_again(finished):
+    with hub(broken=99) as server:
+        done = run_cli(server, "publish", finished, "small")
+        assert done.returncode == 2
+        assert f"try again with: hf-kd publish {finished} small" in done.stderr
+        assert "Traceback" not in done.stderr and TOKEN not in done.stderr
+        server.broken = 0
+        again = run_cli(server, "publish", finished, "small")
+        assert again.returncode == 0, again.stderr
+        assert "model.safetensors" in server.files["somebody/small"]
+    gone = run_cli(server, "publish", finished, "small")
+    assert gone.returncode == 2 and "try again" in gone.stderr
+
+
+def test_a_folder_without_a_student_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no student"):
+        publish(tmp_path, "small")
+
+
+def test_only_the_last_part_of_a_path_is_public(tmp_path):
+    assert without_paths({"a": [str(tmp_path / "x.csv")], "b": "owner/model", "c": 3}) == {
+        "a": ["x.csv"],
+        "b": "owner/model",
+        "c": 3,
+    }
