@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .losses.divergences import DIVERGENCES
     from .students import init_student
     from .tasks import TASKS, Task
-    from .teachers import ModelTeacher, SparseSignal, Teacher, TeacherSignal
+    from .teachers import ModelTeacher, ServedTeacher, SparseSignal, Teacher, TeacherSignal
     from .trainer import DistillationTrainer
 
 # Loaded when asked for: `import hf_kd` must not import torch, or `hf-kd --help` would take seconds.
@@ -21,6 +21,7 @@ _HOME = {
     "DistillationArguments": ".config",
     "DistillationTrainer": ".trainer",
     "ModelTeacher": ".teachers",
+    "ServedTeacher": ".teachers",
     "SparseSignal": ".teachers",
     "TASKS": ".tasks",
     "Task": ".tasks",
@@ -35,6 +36,7 @@ __all__ = [
     "DistillationArguments",
     "DistillationTrainer",
     "ModelTeacher",
+    "ServedTeacher",
     "SparseSignal",
     "Task",
     "Teacher",

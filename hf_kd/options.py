@@ -17,6 +17,7 @@ from typing import Any
 SCHEDULE_NAMES = ("constant", "linear", "cosine")
 SUPERVISE_NAMES = ("auto", "all")
 FUSED_NAMES = ("auto", "on", "off")
+SERVER_FORMAT_NAMES = ("vllm", "openai", "sglang", "llama.cpp")
 DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16", "float64")
 
 
@@ -62,6 +63,13 @@ class DistillationOptions:
     teacher_dtype: str | None = _option(None, "dtype of the teacher (default: its checkpoint's)")
     teacher_device_map: str | None = _option(None, "device map of the teacher (default: training device)")
     teacher_revision: str | None = _option(None, "branch, tag or commit of the teacher on the Hub")
+    server_model: str | None = _option(None, "name of the model on the server that teacher=http... names")
+    server_format: str = _option("vllm", "how that server answers: vllm, openai, sglang, llama.cpp")
+    server_top_k: int = _option(20, "tokens per position that it is asked for")
+    server_concurrency: int = _option(8, "requests to it at a time")
+    server_timeout: float = _option(60.0, "seconds that it may take for one")
+    server_retries: int = _option(5, "further tries after a failed one")
+    server_api_key_env: str | None = _option(None, "environment variable that holds its key")
     trust_remote_code: bool = _option(False, "run model code that comes with a checkpoint")
     predict_with_generate: bool = _option(False, "evaluate on text that the student generates")
     generation_max_length: int | None = _option(None, "its length in tokens (default: the model's)")
@@ -85,6 +93,7 @@ class DistillationOptions:
         if self.fused_chunk_mib < 1:
             found.append(f"fused_chunk_mib={self.fused_chunk_mib} is below 1: set e.g. 256")
         for name, known in (
+            ("server_format", SERVER_FORMAT_NAMES),
             ("alpha_schedule", SCHEDULE_NAMES),
             ("temperature_schedule", SCHEDULE_NAMES),
             ("supervise", SUPERVISE_NAMES),
@@ -104,6 +113,16 @@ class DistillationOptions:
             if schedule in ("linear", "cosine") and end is None:
                 found.append(f"{name}_schedule={schedule!r} has nowhere to go: set {name}_end")
         found += _mapping_problems(self, ("divergence_options",))
+        return found + self._server_problems()
+
+    def _server_problems(self) -> list[str]:
+        found = [
+            f"{name}={getattr(self, name)} is below {least}: leave it out for the default"
+            for name, least in (("server_top_k", 1), ("server_concurrency", 1), ("server_retries", 0))
+            if getattr(self, name) < least
+        ]
+        if not 0.0 < self.server_timeout < math.inf:
+            found.append(f"server_timeout={self.server_timeout} is not above 0 and finite: set e.g. 60")
         return found
 
     def validate(self) -> None:

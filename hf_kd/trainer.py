@@ -121,7 +121,9 @@ class DistillationTrainer(Trainer):
             )
         super().__init__(model=model, args=args, **kwargs)
         self.task = resolve_task(task, self.model, supervise=args.supervise)
-        self.teacher = resolve_teacher(teacher, self.task, args, student=self.student)
+        self.teacher = resolve_teacher(
+            teacher, self.task, args, student=self.student, processor=self.processing_class
+        )
         self.teacher_processing_class = teacher_processing_class
         self.alignment_problem: AlignmentError | None = None
         classes = ClassMap()

@@ -9,18 +9,26 @@ from torch import nn
 from ..loading import load_model
 from ..tasks import TASKS, Task
 from .models import ModelTeacher
+from .server import ServedTeacher, is_address, served_teacher
 from .signal import SparseSignal, Teacher, TeacherSignal
 
 if TYPE_CHECKING:
     from ..config import DistillationArguments
 
-__all__ = ["ModelTeacher", "SparseSignal", "Teacher", "TeacherSignal", "resolve_teacher"]
+__all__ = ["ModelTeacher", "ServedTeacher", "SparseSignal", "Teacher", "TeacherSignal", "resolve_teacher"]
 
 
 def resolve_teacher(
-    teacher: Any, task: Task, args: DistillationArguments, *, student: nn.Module
+    teacher: Any, task: Task, args: DistillationArguments, *, student: nn.Module, processor: Any = None
 ) -> Teacher | None:
     """The teacher of a run: a name is loaded, a model is frozen and placed, a `Teacher` is taken as it is.
+
+    Args:
+        teacher: A name, the address of a server (`http://...`), a model, or a `Teacher`.
+        task: The head.
+        args: The options.
+        student: The student.
+        processor: Its tokenizer, for servers that name tokens by text.
 
     Raises:
         ValueError: If alpha wants a teacher and there is none, or it is something else, or the student
@@ -32,6 +40,8 @@ def resolve_teacher(
                 f"alpha={args.alpha} gives the teacher a weight, but teacher=None. Pass a teacher."
             )
         return None
+    if is_address(teacher):
+        return served_teacher(teacher, args, task=task, student=student, tokenizer=processor)
     if isinstance(teacher, str):
         teacher = load_model(
             teacher,
