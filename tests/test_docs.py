@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from . import losses_page
 from .heads_table import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,3 +24,17 @@ def test_readme_is_short_and_names_existing_files() -> None:
     assert len(shown) > 8
     for name in shown:
         assert any(ROOT.glob(f"**/{name}")), name
+
+
+def test_losses_page_is_current() -> None:
+    """`python -m tests.losses_page > docs/losses.md` was run after the last change."""
+    assert (ROOT / "docs" / "losses.md").read_text() == losses_page.page()
+
+
+def test_losses_page_has_every_loss_and_its_parts() -> None:
+    """Formula, source, use, inputs and a command for each."""
+    for name, function in losses_page.LOSSES.items():
+        parts = losses_page.sections(function)
+        assert {"When", "Source", "Args", "Returns"} <= parts.keys(), name
+        assert "\n    " in parts[""], f"{name} has no formula"
+        assert f"--divergence {name}" in losses_page.page()
