@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .losses.tiles import SparseTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,39 @@ class ClassMap:
         if self.order is not None:
             return logits[:, torch.tensor(self.order, device=logits.device)]
         return logits if self.shared is None else logits[:, : self.shared]
+
+    def entries(self, teacher: SparseTeacher) -> SparseTeacher:
+        """A sparse teacher's entries in the student's classes; never edited in place.
+
+        Entries beyond the shared classes are dropped and the others renormalised, as for logits. What the
+        teacher has there and does not show, in its tail, stays in the tail.
+        """
+        if self.order is None and self.shared is None:
+            return teacher
+        ids, present = teacher.ids, teacher.ids >= 0
+        if self.order is not None:
+            place = torch.empty(len(self.order), dtype=ids.dtype)
+            place[list(self.order)] = torch.arange(len(self.order), dtype=ids.dtype)
+            moved = place.to(ids.device)[ids.long().clamp_min(0)]
+            return replace(teacher, ids=torch.where(present, moved, ids))
+        assert self.shared is not None
+        kept = present & (ids < self.shared)
+        scale = torch.log1p(-self.dropped(teacher))
+        ids = ids.masked_fill(~kept, -1)
+        log_probs = teacher.log_probs - scale.unsqueeze(-1)
+        if teacher.log_tail is not None:
+            return replace(teacher, ids=ids, log_probs=log_probs, log_tail=teacher.log_tail - scale)
+        assert teacher.weights is not None
+        weights = (teacher.weights / scale.exp().unsqueeze(-1)).masked_fill(~kept, 0.0)
+        return replace(teacher, ids=ids, log_probs=log_probs, weights=weights)
+
+    def dropped(self, teacher: SparseTeacher) -> Tensor:
+        """`[...]` mass of a sparse teacher's entries that are beyond the shared classes."""
+        assert self.shared is not None
+        gone = teacher.ids >= self.shared
+        mass = teacher.log_probs.exp() if teacher.weights is None else teacher.weights
+        # All of it, for a few draws: what is left would be divided by 0.
+        return mass.masked_fill(~gone, 0.0).sum(-1).clamp_max(1 - 2**-10)
 
     def student(self, logits: Tensor) -> Tensor:
         """The student's logits in the shared classes."""

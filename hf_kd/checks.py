@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .answers import answer, count, logits_of
+from .fidelity import check_sparse
 from .findings import Report
 from .loss_checks import check_coupling, check_divergence
 from .matching import first_eval_dataset, queries_differ
@@ -19,6 +21,7 @@ from .objective import counts_of
 from .rows import ROW
 from .tasks import Batch, SequenceClassification, Supervision
 from .teachers.models import TEACHER_PREFIX, ModelTeacher, forward_parameters
+from .teachers.signal import SparseSignal
 
 if TYPE_CHECKING:
     from .trainer import DistillationTrainer
@@ -242,19 +245,23 @@ def _check_models_on(
     if trainer.teacher is None or not trainer.distils:
         return None
     try:
-        teacher = task.teacher_positions(task.flat(trainer.teacher(inputs).dense(), batch), batch)
+        given = answer(trainer.teacher(inputs), task, batch)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         report.add("teacher", f"The teacher cannot run on the first batch ({type(error).__name__}: {error}).")
         return None
     if trainer.alignment_problem is not None:
         return None
-    if teacher.shape[0] != student.shape[0]:
+    if count(given) != student.shape[0]:
         report.add(
             "teacher",
-            f"teacher: it gives logits for {teacher.shape[0]} positions of the first batch, the student for "
+            f"teacher: it answers for {count(given)} positions of the first batch, the student for "
             f"{student.shape[0]}; both must divide the input alike (tokenizer, patch size, stride).",
         )
         return None
+    if isinstance(given, SparseSignal):
+        check_sparse(trainer, given, student.shape[-1], report)
+        return None
+    teacher = logits_of(given)
     z, t = trainer.objective.classes.student(student), trainer.objective.classes.teacher(teacher)
     unlike = trainer.objective.classes.unlike
     if not unlike and z.shape[-1] != t.shape[-1]:

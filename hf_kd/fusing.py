@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .answers import Answer
+from .losses.entries import compare_projected
 from .losses.evaluation import fused_evaluation
 from .losses.fused import FUSED_DIVERGENCES, fused_distillation
 from .losses.heads import HeadSpec, UnsupportedHead, find_head, head_inputs
 from .losses.tiles import DenseTeacher, Head, HiddenTeacher
+from .losses.tiles import Teacher as FusedTeacher
 from .objective import STATISTICS, Counts, Mix, Objective, Terms
 from .tasks import Supervision, Task
 from .tasks.text import CausalLM, Seq2SeqLM
 from .teachers.models import ModelTeacher
-from .teachers.signal import Teacher
+from .teachers.signal import SparseSignal, Teacher, TeacherSignal
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Fusion:
 
     Attributes:
         student: The student's head.
-        teacher: The teacher's; None: its logits are used, as they come.
+        teacher: The head of a teacher that is a model; None: its signal is used, as it comes.
         chunk_bytes: Temporary memory of the loss.
     """
 
@@ -52,19 +55,19 @@ class Fusion:
             forward()
         return HiddenStudent(*captured[-1])
 
-    def ask(self, teacher: Teacher, batch: Mapping[str, Any]) -> HiddenTeacher | DenseTeacher:
-        """The teacher's answer: its head's input, or its logits."""
+    def ask(self, teacher: Teacher, batch: Mapping[str, Any]) -> TeacherSignal:
+        """The teacher's signal; a model's is what its head reads."""
         if self.teacher is None:
-            return DenseTeacher(teacher(batch).dense()["logits"])
+            return teacher(batch)
         with head_inputs(self.teacher) as captured:
             teacher(batch)
-        return HiddenTeacher(*captured[-1])
+        return TeacherSignal(hidden=HiddenTeacher(*captured[-1]))
 
     def terms(
         self,
         objective: Objective,
         student: HiddenStudent,
-        teacher: HiddenTeacher | DenseTeacher | None,
+        teacher: Answer | None,
         supervision: Supervision,
         *,
         counts: Counts,
@@ -78,7 +81,7 @@ class Fusion:
         fused = fused_distillation(
             student.hidden.reshape(-1, student.hidden.shape[-1]),
             student.head,
-            teacher=_flat(teacher),
+            teacher=None if mix.alpha == 0 else _fused_teacher(objective, teacher, mix.teacher_temperature),
             labels=labels,
             alpha=mix.alpha,
             temperature=mix.temperature,
@@ -104,17 +107,38 @@ class Fusion:
         self,
         objective: Objective,
         student: HiddenStudent,
-        teacher: HiddenTeacher | DenseTeacher | None,
+        teacher: Answer | None,
         supervision: Supervision,
     ) -> Tensor:
         """Sums per batch row, as `Objective.evaluate` gives them."""
-        hidden = student.hidden
+        hidden = student.hidden.reshape(-1, student.hidden.shape[-1])
+        counted = (supervision.kd_weight > 0) | (supervision.task_weight > 0)
+        if isinstance(teacher, SparseSignal):
+            columns = self._sparse_columns(objective, hidden, student.head, teacher, supervision, counted)
+        else:
+            columns = self._columns(objective, hidden, student.head, teacher, supervision, counted)
+        dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
+        out = torch.zeros(supervision.rows, len(STATISTICS), dtype=dtype, device=hidden.device)
+        for name, values in columns.items():
+            out[:, STATISTICS.index(name)] = values.to(dtype).view(supervision.rows, -1).sum(-1)
+        return out
+
+    def _columns(
+        self,
+        objective: Objective,
+        hidden: Tensor,
+        head: Head,
+        teacher: Tensor | HiddenTeacher | None,
+        supervision: Supervision,
+        counted: Tensor,
+    ) -> dict[str, Tensor]:
+        """Statistics of each position `[P]`, weighted."""
         seen = fused_evaluation(
-            hidden.reshape(-1, hidden.shape[-1]),
-            student.head,
-            teacher=_flat(teacher),
+            hidden,
+            head,
+            teacher=DenseTeacher(teacher) if isinstance(teacher, Tensor) else teacher,
             labels=supervision.labels,
-            mask=(supervision.kd_weight > 0) | (supervision.task_weight > 0),
+            mask=counted,
             shared_classes=objective.classes.shared,
             chunk_bytes=self.chunk_bytes,
         )
@@ -126,11 +150,42 @@ class Fusion:
             columns |= {"kl": seen.kl * kd, "kd_count": kd, "agreement": seen.agreement * kd}
             columns["teacher_entropy"] = seen.teacher_entropy * kd
             columns["teacher_mass_dropped"] = seen.teacher_mass_dropped * kd
-        dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
-        out = torch.zeros(supervision.rows, len(STATISTICS), dtype=dtype, device=hidden.device)
-        for name, values in columns.items():
-            out[:, STATISTICS.index(name)] = values.to(dtype).view(supervision.rows, -1).sum(-1)
-        return out
+        return columns
+
+    def _sparse_columns(
+        self,
+        objective: Objective,
+        hidden: Tensor,
+        head: Head,
+        signal: SparseSignal,
+        supervision: Supervision,
+        counted: Tensor,
+    ) -> dict[str, Tensor]:
+        """The same for a sparse signal, under its own names."""
+        index = counted.nonzero().squeeze(-1)
+        signal, labels = signal.select(index), supervision.labels
+        tail, draws = objective.reader.both(signal)
+        seen, nll = compare_projected(
+            hidden.index_select(0, index),
+            head,
+            tail,
+            draws,
+            labels=None if labels is None else labels[index],
+            shared=objective.classes.shared,
+            temperature=signal.temperature,
+            chunk_bytes=self.chunk_bytes,
+        )
+        found = objective.reader.named(seen, signal)
+        task, kd = supervision.task_weight, supervision.kd_weight
+        columns = {
+            name: kd * torch.zeros_like(kd).index_copy(0, index, values.to(kd.dtype))
+            for name, values in found.items()
+        }
+        columns["kd_count"] = kd
+        if labels is not None:
+            columns["task"] = task * torch.zeros_like(task).index_copy(0, index, nll.to(task.dtype))
+            columns["task_count"] = task
+        return columns
 
 
 def find_fusion(
@@ -207,10 +262,8 @@ def _teacher_spec(teacher: Teacher | None, batch: Mapping[str, Any]) -> HeadSpec
         return None
 
 
-def _flat(teacher: HiddenTeacher | DenseTeacher | None) -> HiddenTeacher | DenseTeacher | None:
-    """Positions `[B, L]` as one axis, like the student's."""
-    if isinstance(teacher, HiddenTeacher):
-        return HiddenTeacher(teacher.hidden.reshape(-1, teacher.hidden.shape[-1]), teacher.head)
-    if isinstance(teacher, DenseTeacher):
-        return DenseTeacher(teacher.logits.reshape(-1, teacher.logits.shape[-1]))
-    return None
+def _fused_teacher(objective: Objective, teacher: Answer | None, temperature: float) -> FusedTeacher | None:
+    """What the fused loss takes for an answer."""
+    if isinstance(teacher, Tensor):
+        return DenseTeacher(teacher)
+    return objective.reader.entries(teacher, temperature) if isinstance(teacher, SparseSignal) else teacher

@@ -10,7 +10,7 @@ by the number of ranks. The gradient of a step then depends on the examples in i
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,12 +18,16 @@ import torch
 from torch import Tensor
 
 from .alignment import ClassMap
+from .answers import Answer, logits_of, pick
 from .losses.divergences import Divergence, entropy, forward_kl, log_probs, resolve_divergence
 from .losses.logits import unlike_log_probs
 from .losses.needs import Needs, needs_of
+from .losses.tiles import SparseTeacher
 from .losses.vectors import VECTOR_LOSSES
+from .sparse import SPARSE_STATISTICS, SparseReader, sparse_names
 from .tasks import Supervision, Task
 from .tasks.base import full_precision, row_of, take
+from .teachers.signal import SparseSignal
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class Objective:
         label_smoothing: Weight of the uniform distribution in the task loss's target.
         divergence_name: What the divergence was chosen by, if it was a name.
         divergence_options: Its parameters.
+        estimator: How a sparse signal is read: its certain entries and the tail, or its draws.
     """
 
     task: Task
@@ -112,11 +117,12 @@ class Objective:
     label_smoothing: float = 0.0
     divergence_name: str = ""
     divergence_options: Mapping[str, Any] = field(default_factory=dict)
+    estimator: Callable[[SparseSignal], SparseTeacher] = SparseSignal.tail
 
     def __call__(
         self,
         student: Tensor,
-        teacher: Tensor | None,
+        teacher: Answer | None,
         supervision: Supervision,
         *,
         selection: Selection,
@@ -130,7 +136,7 @@ class Objective:
 
         Args:
             student: `[P, C]` student logits, with gradient.
-            teacher: `[P, C_t]` teacher logits; None when `mix.alpha` is 0.
+            teacher: What the teacher says of the same positions; None when `mix.alpha` is 0.
             supervision: What counts in this micro-batch.
             selection: Its indices.
             counts: Supervision of the whole optimizer step.
@@ -144,7 +150,7 @@ class Objective:
             # Both terms read the same positions: large logits are gathered once.
             index, selection = selection.kd, Selection(None, None)
             same = taught is student
-            student, teacher = take(student, index), None if teacher is None else take(teacher, index)
+            student, teacher = take(student, index), None if teacher is None else pick(teacher, index)
             taught = student if same else take(taught, index)
             supervision = replace(
                 supervision,
@@ -169,17 +175,19 @@ class Objective:
         )
 
     def kd_sum(
-        self, student: Tensor, teacher: Tensor, supervision: Supervision, index: Tensor | None, mix: Mix
+        self, student: Tensor, teacher: Answer, supervision: Supervision, index: Tensor | None, mix: Mix
     ) -> Tensor:
         """Weighted sum of the distillation losses, `T^2` included."""
         z = self.classes.student(take(student, index))
-        t = self.classes.teacher(take(teacher, index)).detach()
-        weight = take(supervision.kd_weight, index)
+        weight, answer = take(supervision.kd_weight, index), pick(teacher, index)
+        temperatures = {"temperature": mix.temperature, "teacher_temperature": mix.teacher_temperature}
+        if isinstance(answer, SparseSignal):
+            losses = self.reader.losses(z, answer, self.divergence, **temperatures)
+            return (losses * weight).sum() * mix.temperature**2
+        t = self.classes.teacher(logits_of(answer)).detach()
         if self.task.kind != "classes":
             return (self.distance(z, t) * weight).sum()
-        values = self.compare(
-            z, t, self._labels_of(supervision, index), mix.temperature, mix.teacher_temperature
-        )
+        values = self.compare(z, t, self._labels_of(supervision, index), **temperatures)
         return (values * weight).sum() * mix.temperature**2
 
     def compare(
@@ -191,6 +199,11 @@ class Objective:
         context = {"labels": labels, "student_logits": z, "teacher_logits": t, **temperatures}
         asked = {name: context[name] for name in self.needs.reads}
         return self.divergence(*make(z, t, **temperatures), **asked)
+
+    @property
+    def reader(self) -> SparseReader:
+        """How sparse signals are read."""
+        return SparseReader(self.classes, self.estimator)
 
     @functools.cached_property
     def needs(self) -> Needs:
@@ -215,9 +228,12 @@ class Objective:
 
     @torch.no_grad()
     def evaluate(
-        self, student: Tensor, teacher: Tensor | None, supervision: Supervision, outputs: Any = None
+        self, student: Tensor, teacher: Answer | None, supervision: Supervision, outputs: Any = None
     ) -> Tensor:
-        """Sums per batch row, `[B, len(STATISTICS)]` in float64, at T = 1; sums add up over batches."""
+        """Sums per batch row, `[B, len(STATISTICS)]` in float64, at T = 1; sums add up over batches.
+
+        What a sparse signal allows to say is said at its own temperature, under other names.
+        """
         selection = select([supervision])[0]
         # MPS has no float64; a sum of one row's terms is safe in float32 there.
         dtype = torch.float32 if student.device.type == "mps" else torch.float64
@@ -234,9 +250,14 @@ class Objective:
             return out
         index, weight = selection.kd, take(supervision.kd_weight, selection.kd)
         rows = row_of(supervision.kd_weight, index, supervision)
-        raw = take(teacher, index)
-        z, t = self.classes.student(take(student, index)), self.classes.teacher(raw)
+        z, answer = self.classes.student(take(student, index)), pick(teacher, index)
         add("kd_count", torch.ones_like(weight), weight, rows)
+        if isinstance(answer, SparseSignal):
+            for name, values in self.reader.columns(z, answer).items():
+                add(name, values, weight, rows)
+            return out
+        raw = logits_of(answer)
+        t = self.classes.teacher(raw)
         if self.task.kind != "classes" or self.classes.unlike:
             add("distance", self.distance(z, t), weight, rows)
             return out
@@ -256,14 +277,16 @@ class Objective:
         if total["task_count"] > 0:
             means[f"{prefix}_loss"] = total["task"] / total["task_count"]
         if total["kd_count"] > 0:
-            for name in self._teacher_statistics():
+            for name in self._teacher_statistics(total):
                 means[f"{prefix}_{name}"] = total[name] / total["kd_count"]
         return means
 
-    def _teacher_statistics(self) -> tuple[str, ...]:
+    def _teacher_statistics(self, total: dict[str, float]) -> tuple[str, ...]:
         if self.task.kind != "classes" or self.classes.unlike:
             return ("distance",)
-        names = ("kl", "agreement", "teacher_entropy")
+        names: tuple[str, ...] = ("kl", "agreement", "teacher_entropy")
+        if total["sparse_count"] > 0:
+            names = sparse_names(total)
         return names if self.classes.shared is None else (*names, "teacher_mass_dropped")
 
     def describe(self, mix: Mix) -> list[tuple[str, str]]:
@@ -304,6 +327,7 @@ STATISTICS = (
     "teacher_entropy",
     "teacher_mass_dropped",
     "distance",
+    *SPARSE_STATISTICS,
 )
 _TINY = 1e-12
 

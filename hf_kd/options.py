@@ -18,6 +18,7 @@ SCHEDULE_NAMES = ("constant", "linear", "cosine")
 SUPERVISE_NAMES = ("auto", "all")
 FUSED_NAMES = ("auto", "on", "off")
 SERVER_FORMAT_NAMES = ("vllm", "openai", "sglang", "llama.cpp")
+SPARSE_ESTIMATOR_NAMES = ("auto", "tail", "draws")
 DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16", "float64")
 
 
@@ -74,6 +75,7 @@ class DistillationOptions:
     predict_with_generate: bool = _option(False, "evaluate on text that the student generates")
     generation_max_length: int | None = _option(None, "its length in tokens (default: the model's)")
     generation_num_beams: int | None = _option(None, "its number of beams (default: the model's)")
+    sparse_estimator: str = _option("auto", "tail of a sparse teacher: auto (measured), tail, draws")
     fused: str = _option("auto", "loss without [tokens, vocabulary] logits: auto, on, off")
     fused_chunk_mib: int = _option(256, "MiB that the fused loss may use beyond its gradients")
 
@@ -98,6 +100,7 @@ class DistillationOptions:
             ("temperature_schedule", SCHEDULE_NAMES),
             ("supervise", SUPERVISE_NAMES),
             ("fused", FUSED_NAMES),
+            ("sparse_estimator", SPARSE_ESTIMATOR_NAMES),
             ("teacher_dtype", (*DTYPE_NAMES, None)),
         ):
             value = getattr(self, name)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .answers import Answer, answer, count
 from .fusing import Fusion, HiddenStudent
-from .losses.tiles import DenseTeacher, HiddenTeacher
 from .projection import Projection
 from .tasks import Batch, Task
 from .teachers.models import TEACHER_PREFIX, forward_parameters
@@ -54,7 +54,7 @@ class Pair:
         values = self.task.flat(named_logits(outputs, self.task.logits), batch)
         return values if self.projection is None else self.projection(values)
 
-    def dense(self, model: nn.Module, batch: Batch, *, distil: bool) -> tuple[Any, Tensor, Tensor | None]:
+    def dense(self, model: nn.Module, batch: Batch, *, distil: bool) -> tuple[Any, Tensor, Answer | None]:
         """Run both models.
 
         Args:
@@ -63,20 +63,21 @@ class Pair:
             distil: Whether the teacher is asked.
 
         Returns:
-            The student's outputs, its logits `[P, C]`, and the teacher's `[P, C_t]`.
+            The student's outputs, its logits `[P, C]`, and the teacher's answer for the same positions.
 
         Raises:
-            ValueError: If the two have different numbers of positions.
+            ValueError: If the two have different numbers of positions, or the head can't be distilled from
+                the fidelity of the teacher's signal.
         """
         inputs = self.inputs(batch)
         outputs = model(**self.student_inputs(inputs))
         student = self.positions(outputs, batch)
         if not distil or self.teacher is None:
             return outputs, student, None
-        teacher = self.task.teacher_positions(self.task.flat(self.teacher(inputs).dense(), batch), batch)
-        if len(teacher) != len(student):
+        teacher = answer(self.teacher(inputs), self.task, batch)
+        if count(teacher) != len(student):
             raise ValueError(
-                f"The student has {len(student)} positions in this batch, the teacher {len(teacher)}: the "
+                f"The student has {len(student)} positions in this batch, the teacher {count(teacher)}: the "
                 "two models divide the input differently (patch size, stride or tokenizer), so their logits "
                 "don't correspond."
             )
@@ -84,10 +85,10 @@ class Pair:
 
     def fused(
         self, fusion: Fusion, model: nn.Module, batch: Batch, *, distil: bool
-    ) -> tuple[HiddenStudent, HiddenTeacher | DenseTeacher | None]:
+    ) -> tuple[HiddenStudent, Answer | None]:
         """Run both models up to their heads: the student's hidden states `[B, L, H]`, and the answer."""
         inputs = self.inputs(batch)
         student = fusion.run_student(lambda: model(**self.student_inputs(inputs)))
         if not distil or self.teacher is None:
             return student, None
-        return student, fusion.ask(self.teacher, inputs)
+        return student, answer(fusion.ask(self.teacher, inputs), self.task, batch)

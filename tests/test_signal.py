@@ -11,42 +11,7 @@ from torch import Tensor
 from hf_kd import SparseSignal, TeacherSignal
 from hf_kd.losses.tiles import Head, HiddenTeacher
 
-
-def threshold_sample(
-    log_p: Tensor, entries: int, generator: torch.Generator | None = None, temperature: float = 1.0
-) -> SparseSignal:
-    """Keep `p > tau` for sure and draw the others with probability `p / tau`: about `entries` per position.
-
-    Args:
-        log_p: `[..., C]` log-probabilities, float64.
-        entries: `sum min(1, p / tau)`.
-        generator: Of the draws; None: the classes are all kept.
-        temperature: What `log_p` was made with.
-    """
-    flat = log_p.reshape(-1, log_p.shape[-1])
-    p, order = flat.exp().sort(-1, descending=True)
-    classes = p.shape[-1]
-    if generator is None or entries >= classes:
-        return SparseSignal(
-            ids=order.view(log_p.shape), log_probs=p.log().view(log_p.shape),
-            log_tail=torch.full(log_p.shape[:-1], -torch.inf, dtype=log_p.dtype), temperature=temperature,
-        )  # fmt: skip
-    rest = 1 - torch.cat([torch.zeros_like(p[:, :1]), p.cumsum(-1)[:, :-1]], -1)
-    taus = rest / (entries - torch.arange(classes)).clamp_min(1)
-    certain = (p[:, :entries] > taus[:, :entries]).long().cumprod(-1).sum(-1).clamp_max(entries - 1)
-    tau = taus.gather(1, certain[:, None])
-    sure = torch.arange(classes) < certain[:, None]
-    kept = sure | (torch.rand(p.shape, generator=generator, dtype=p.dtype) < p / tau)
-    width = int(kept.sum(-1).max())
-    first = (~kept).long().argsort(dim=-1, stable=True)[:, :width]
-    there = kept.gather(1, first)
-    shape = log_p.shape[:-1]
-    return SparseSignal(
-        ids=order.gather(1, first).masked_fill(~there, -1).view(*shape, width),
-        log_probs=p.gather(1, first).log().view(*shape, width),
-        log_tail=torch.where(sure, 0.0, p).sum(-1).log().view(shape), temperature=temperature,
-        certain=certain.view(shape), log_tau=tau.log().view(shape),
-    )  # fmt: skip
+from .fidelities import threshold_sample
 
 
 def mean_of_draws(log_p: Tensor, entries: int, times: int) -> Tensor:

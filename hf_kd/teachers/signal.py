@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -98,6 +98,26 @@ class SparseSignal:
         log_weights = torch.where(self._drawn(), self.log_tau.unsqueeze(-1), self.log_probs)
         weights = log_weights.exp().masked_fill(self.ids < 0, 0.0)
         return SparseTeacher(ids=self.ids, log_probs=self.log_probs, weights=weights)
+
+    def flat(self) -> SparseSignal:
+        """All positions on one axis."""
+        wide = self.ids.ndim
+        return self.map(lambda values: values.flatten(0, -2 if values.ndim == wide else -1))
+
+    def select(self, index: Tensor) -> SparseSignal:
+        """Some positions of a flat signal."""
+        return self.map(lambda values: values.index_select(0, index))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> SparseSignal:
+        """The same signal with every tensor changed in its positions' axes, or moved."""
+        return replace(
+            self,
+            ids=change(self.ids),
+            log_probs=change(self.log_probs),
+            log_tail=change(self.log_tail),
+            certain=None if self.certain is None else change(self.certain),
+            log_tau=None if self.log_tau is None else change(self.log_tau),
+        )
 
     def _drawn(self) -> Tensor:
         """`[..., n]` entries that are draws."""

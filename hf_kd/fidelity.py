@@ -1,0 +1,107 @@
+"""What can't be had from a sparse teacher, found before step 0 and refused by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .teachers.signal import SparseSignal
+
+if TYPE_CHECKING:
+    from .findings import Report
+    from .trainer import DistillationTrainer
+
+#: Divergences that may be taken with all unseen classes as one. Merging classes only lowers them (data
+#: processing inequality); `alpha_beta` stays what it is, a divergence, between the merged distributions.
+MERGEABLE = (
+    "forward_kl",
+    "reverse_kl",
+    "jeffreys",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "alpha_beta",
+)
+
+
+def check_sparse(trainer: DistillationTrainer, signal: SparseSignal, classes: int, report: Report) -> None:
+    """Add every option that a sparse signal can't serve to the report.
+
+    Args:
+        trainer: The run.
+        signal: The teacher's answer to the first batch.
+        classes: The student's.
+        report: Where problems go.
+    """
+    args, objective = trainer.args, trainer.objective
+    name = objective.divergence_name or getattr(objective.divergence, "__name__", "the given function")
+    if name not in MERGEABLE:
+        report.add(
+            "divergence",
+            f"divergence={name!r} compares whole rows of classes, but the teacher's signal is sparse. Choose "
+            f"one of {', '.join(MERGEABLE)}, or a teacher that gives logits or hidden states.",
+        )
+    for option, value in _temperatures(trainer).items():
+        if value != signal.temperature:
+            report.add(
+                option,
+                f"{option}={value:g}, but the teacher's sparse signal is at temperature "
+                f"{signal.temperature:g}, and a few entries can't be brought to another one. Set "
+                f"{option}={signal.temperature:g}, or make the signal at {value:g}.",
+            )
+    if args.sparse_estimator == "draws" and not signal.has_draws:
+        report.add(
+            "sparse_estimator",
+            "sparse_estimator='draws', but the teacher's sparse signal has no draws from the tail; set "
+            "sparse_estimator='tail', or store draws.",
+        )
+    if args.sparse_estimator == "draws" and name != "forward_kl":
+        report.add(
+            "sparse_estimator",
+            f"sparse_estimator='draws' has no unbiased estimate of divergence={name!r}; set "
+            "divergence='forward_kl', or sparse_estimator='tail'.",
+        )
+    if args.kl_threshold is not None:
+        report.add(
+            "kl_threshold",
+            f"kl_threshold={args.kl_threshold} is compared with eval_kl, but a sparse signal gives only a "
+            "lower bound (eval_kl_tail) and an estimate (eval_kl_draws). Remove it, or evaluate with a "
+            "teacher that gives logits or hidden states.",
+        )
+    if args.metric_for_best_model in ("kl", "eval_kl", "teacher_entropy", "eval_teacher_entropy"):
+        report.add(
+            "metric_for_best_model",
+            f"metric_for_best_model={args.metric_for_best_model!r} is not known of a sparse teacher; set "
+            "'loss', 'kl_tail', or 'kl_draws' if it has draws.",
+        )
+    _check_ids(trainer, signal, classes, report)
+
+
+def _temperatures(trainer: DistillationTrainer) -> dict[str, float]:
+    """Every temperature that the teacher's softmax takes in a run, by the option that says so."""
+    args = trainer.args
+    if args.teacher_temperature is not None:
+        return {"teacher_temperature": args.teacher_temperature}
+    end = {} if args.temperature_end is None else {"temperature_end": args.temperature_end}
+    return {"temperature": args.temperature, **end}
+
+
+def _check_ids(trainer: DistillationTrainer, signal: SparseSignal, classes: int, report: Report) -> None:
+    known = trainer.objective.classes
+    limit = len(known.order) if known.order is not None else classes
+    largest = int(signal.ids.max()) if signal.ids.numel() else -1
+    if largest >= limit and known.shared is None:
+        report.add(
+            "teacher",
+            f"teacher: its sparse signal has class {largest}, but the student has {limit} classes; give both "
+            "the same labels or tokenizer.",
+        )
+    values: Tensor = signal.log_probs[signal.ids >= 0]
+    if bool((values.isnan() | (values > 1e-3)).any()):
+        report.add(
+            "teacher",
+            "teacher: the log-probabilities of its sparse signal are NaN or above 0; give "
+            "log_softmax(logits / T).",
+        )
