@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import random
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +15,7 @@ from .findings import Report
 from .loss_checks import check_coupling, check_divergence
 from .matching import first_eval_dataset, queries_differ
 from .objective import counts_of
-from .rows import ROW
+from .sample import sample_batches
 from .tasks import Batch, SequenceClassification, Supervision
 from .teachers.models import TEACHER_PREFIX, ModelTeacher, forward_parameters
 from .teachers.signal import SparseSignal
@@ -117,31 +114,9 @@ def _check_options(trainer: DistillationTrainer, report: Report) -> None:
 def _first_batch(
     trainer: DistillationTrainer, dataset: Any, name: str, report: Report
 ) -> dict[str, Any] | None:
-    """Collate the first rows as the dataloader would, leaving every random generator as it was."""
-    import datasets
-
-    size = trainer.args.per_device_train_batch_size
-    states = random.getstate(), np.random.get_state()
+    """The first rows as the dataloader would collate them."""
     try:
-        with torch.random.fork_rng():
-            collator = trainer.data_collator
-            if isinstance(dataset, datasets.Dataset):
-                rows = trainer._remove_unused_columns(dataset, "first batch")
-                features = [
-                    {k: v for k, v in rows[i].items() if k != ROW} for i in range(min(size, len(rows)))
-                ]
-            else:
-                collator = trainer._get_collator_with_removed_columns(collator, "first batch")
-                stream = hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__")
-                features = (
-                    list(itertools.islice(iter(dataset), size))
-                    if stream
-                    else [dataset[i] for i in range(min(size, len(dataset)))]
-                )
-            if not features:
-                report.add(name, f"{name} has 0 rows; give at least one.")
-                return None
-            return dict(trainer._prepare_inputs(collator(features)))
+        batches = sample_batches(trainer, dataset, 1)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         columns = getattr(dataset, "column_names", None)
         report.add(
@@ -150,9 +125,10 @@ def _first_batch(
             f"Its columns are {columns}; the models read {_read_columns(trainer)}.",
         )
         return None
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+    if not batches:
+        report.add(name, f"{name} has 0 rows; give at least one.")
+        return None
+    return batches[0]
 
 
 def _read_columns(trainer: DistillationTrainer) -> list[str]:

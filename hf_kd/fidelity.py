@@ -36,6 +36,7 @@ def check_sparse(trainer: DistillationTrainer, signal: SparseSignal, classes: in
         report: Where problems go.
     """
     args, objective = trainer.args, trainer.objective
+    report.sparse = True
     name = objective.divergence_name or getattr(objective.divergence, "__name__", "the given function")
     if name not in MERGEABLE:
         report.add(
@@ -62,6 +63,13 @@ def check_sparse(trainer: DistillationTrainer, signal: SparseSignal, classes: in
             "sparse_estimator",
             f"sparse_estimator='draws' has no unbiased estimate of divergence={name!r}; set "
             "divergence='forward_kl', or sparse_estimator='tail'.",
+        )
+    whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    if args.sparse_estimator == "auto" and signal.has_draws and name == "forward_kl" and not whole:
+        report.add(
+            "sparse_estimator",
+            "sparse_estimator='auto' measures gradients of whole parameters, which FSDP and DeepSpeed keep "
+            "in pieces; set sparse_estimator='draws' (a student far from its teacher) or 'tail'.",
         )
     if args.kl_threshold is not None:
         report.add(

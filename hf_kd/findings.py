@@ -31,6 +31,7 @@ class Report:
         warnings: What is probably not meant.
         facts: What was resolved, as (name, value) rows.
         example: One decoded example: (token, whether it counts) pairs, for token tasks.
+        sparse: Whether the teacher answers with a few entries of its distribution.
     """
 
     problems: list[Problem] = field(default_factory=list)
@@ -39,6 +40,7 @@ class Report:
     models: list[tuple[str, str, str]] = field(default_factory=list)
     terms: list[tuple[str, str]] = field(default_factory=list)
     example: list[tuple[str, bool]] = field(default_factory=list)
+    sparse: bool = False
 
     def add(self, option: str, message: str) -> None:
         """Note a problem."""

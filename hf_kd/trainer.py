@@ -20,6 +20,7 @@ from .alignment import AlignmentError, ClassMap
 from .callbacks import FiniteLossCallback, KLThresholdCallback
 from .checkpoints import restore_renamed
 from .config import DistillationArguments
+from .estimator import Estimator, settle
 from .fusing import Fusion, find_fusion, is_language_model
 from .loading import load_model
 from .matching import match_classes, match_inputs
@@ -152,6 +153,8 @@ class DistillationTrainer(Trainer):
         self._fusion: Fusion | str | None = None
         self._checked: set[bool] = set()  # for what: training, evaluation
         self._load_result: Any = None
+        self.estimator: Estimator | None = None  # of a sparse teacher, from the first step on
+        self._sparse = False
         self.terms = TermLog()
         self._eval_sums: Tensor | None = None
         self.add_callback(FiniteLossCallback(self))
@@ -207,11 +210,14 @@ class DistillationTrainer(Trainer):
         for warning in report.warnings:
             logger.warning(warning)
         report.raise_problems()
+        self._sparse |= report.sparse
         self._checked.add(training)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.distils and self.teacher is not None:
             check_teacher(Path(resume_from_checkpoint) / TEACHER_FILE, self.teacher.identity)
+        if self.args.sparse_estimator == "auto":
+            self.estimator = Estimator.load(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._restore_renamed(resume_from_checkpoint)
         if self.projection is not None:
@@ -266,6 +272,9 @@ class DistillationTrainer(Trainer):
     ) -> tuple[list[Any], Any]:
         """Fetch the micro-batches of one optimizer step and count its supervision over all ranks."""
         self.terms.begin_step()
+        if self._sparse:
+            self.estimator = self.estimator or settle(self)
+            self.objective = self.estimator.apply(self.objective)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [dict(self._prepare_inputs(batch)) for batch in batches]
         if not batches:
@@ -316,7 +325,7 @@ class DistillationTrainer(Trainer):
             counts = self._global_counts([plan.supervision])
         mix, ranks = self.mix(), self.accelerator.num_processes
         outputs = None
-        fusion = None if return_outputs else self._fusion_for(batch)
+        fusion = None if return_outputs else self.fusion_for(batch)
         if fusion is not None:
             hidden, answer = self.pair.fused(fusion, model, batch, distil=mix.alpha > 0)
             terms = fusion.terms(
@@ -339,7 +348,7 @@ class DistillationTrainer(Trainer):
             self.terms.record(terms, rows)
         return (terms.loss, outputs) if return_outputs else terms.loss
 
-    def _fusion_for(self, batch: Batch) -> Fusion | None:
+    def fusion_for(self, batch: Batch) -> Fusion | None:
         """How to do without logits, found at the first batch; None: the dense path."""
         if self._fusion is None:
             inputs = self.pair.inputs(batch)
@@ -413,7 +422,7 @@ class DistillationTrainer(Trainer):
         batch = dict(self._prepare_inputs(inputs))
         batch.pop(ROW, None)
         supervision = self.task.supervise_batch(batch)
-        fusion = self._fusion_for(batch) if prediction_loss_only else None
+        fusion = self.fusion_for(batch) if prediction_loss_only else None
         outputs = None
         with torch.no_grad(), self.compute_loss_context_manager():
             if fusion is not None:
@@ -456,6 +465,8 @@ class DistillationTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             write_options(folder, self)
+            if _internal_call and self.estimator is not None:
+                self.estimator.save(folder)
             if _internal_call and self.projection is not None:
                 projections.save(self.projection, folder)
             if _internal_call and self.teacher is not None and self.distils:

@@ -52,10 +52,7 @@ SECTIONS: dict[str, dict[int, Trap]] = {
         9: Trap("Classes at -inf turn the loss into NaN"),
         10: Trap("Softmax KL on one number (always 0), or on labels that do not exclude each other"),
         11: Trap("The teacher gets a gradient, or its cached answer is edited"),
-        12: Trap(
-            "A teacher cut to its top k: renormalised (wrong direction) or not (over-confident)",
-            "the fused loss alone reads such teachers so far; the trainer has none to offer",
-        ),
+        12: Trap("A teacher cut to its top k: renormalised (wrong direction) or not (over-confident)"),
         13: Trap("Losses that compare the rows of a batch depend on the size of the micro-batch"),
         14: Trap("DKD that does not add up to KD at equal weights"),
     },

@@ -53,7 +53,7 @@ def trainer(folder: Path, name: str, teacher: Any = None, **options: Any) -> Dis
 
 
 @pytest.mark.parametrize("fidelity", ["hidden", "sparse"])
-@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+@pytest.mark.parametrize("divergence", sorted({*DIVERGENCES, "dkd", "standardised_kl"}))
 def test_same_step(tmp_path: Path, divergence: str, fidelity: str) -> None:
     """Trap 12: hidden states, and all classes as entries, give the oracle's gradient, per divergence."""
     head = HEADS["causal-lm"]
@@ -188,7 +188,7 @@ def naive_tail(z: Tensor, log_p: Tensor, kept: int, divergence: str, temperature
     order = p.argsort(descending=True)
     top, rest = order[:kept], order[kept:]
     merged = [torch.cat([x[top], x[rest].sum()[None]]) for x in (q, p)]
-    return naive_divergence(divergence, *merged)
+    return naive_divergence(divergence, *merged, z=z, t=log_p, label=0, temperature=temperature)
 
 
 @pytest.mark.parametrize("divergence", MERGEABLE)

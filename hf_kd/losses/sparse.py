@@ -94,7 +94,7 @@ def sparse_terms(
     best = torch.where(signal.present, signal.log_p, -torch.inf).argmax(-1, keepdim=True)
     teacher_best = signal.ids.gather(1, best).squeeze(1)
     if signal.weights is not None:
-        gap = torch.where(signal.weights > 0, signal.log_p - log_q, torch.zeros_like(log_q))
+        gap = torch.where(signal.weights != 0, signal.log_p - log_q, torch.zeros_like(log_q))
         drawn = -kd.unsqueeze(1) * signal.weights
         elements = (rows.reshape(-1), signal.ids.reshape(-1), drawn.reshape(-1))
         return SparseTerms(

@@ -81,7 +81,7 @@ class SparseSignal:
         that on all classes (data processing inequality), and its gradient leaves the tail's shape as it is.
         """
         return SparseTeacher(
-            ids=self.ids.masked_fill(self._drawn(), -1), log_probs=self.log_probs, log_tail=self.log_tail
+            ids=self.ids.masked_fill(self.drawn, -1), log_probs=self.log_probs, log_tail=self.log_tail
         )
 
     def draws(self) -> SparseTeacher:
@@ -95,7 +95,7 @@ class SparseSignal:
                 "This teacher's sparse signal has no draws from the tail (log_tau=None), so "
                 "sparse_estimator='draws' can't be; set sparse_estimator='tail'."
             )
-        log_weights = torch.where(self._drawn(), self.log_tau.unsqueeze(-1), self.log_probs)
+        log_weights = torch.where(self.drawn, self.log_tau.unsqueeze(-1), self.log_probs)
         weights = log_weights.exp().masked_fill(self.ids < 0, 0.0)
         return SparseTeacher(ids=self.ids, log_probs=self.log_probs, weights=weights)
 
@@ -119,8 +119,9 @@ class SparseSignal:
             log_tau=None if self.log_tau is None else change(self.log_tau),
         )
 
-    def _drawn(self) -> Tensor:
-        """`[..., n]` entries that are draws."""
+    @property
+    def drawn(self) -> Tensor:
+        """`[..., n]` which entries are draws."""
         if self.certain is None:
             return torch.zeros_like(self.ids, dtype=torch.bool)
         return torch.arange(self.ids.shape[-1], device=self.ids.device) >= self.certain.unsqueeze(-1)

@@ -1,0 +1,210 @@
+r"""Whether a sparse teacher is read by its tail's mass or by its draws: measured where training starts.
+
+The tail bucket's gradient G_T is exact but biased: it says nothing about the classes in the tail. The draws'
+gradient G_D is right on average but noisy. What matters is the angle to the full gradient G, which a sparse
+signal does not show, but whose products can be estimated without bias:
+
+    <G_T, G> = E <G_T, G_D>            the certain entries are no random choice: G_T is a constant
+    |G|^2 = E |G_D|^2 - sigma^2        sigma^2 = E |G_D - G|^2
+    sigma^2 = E |R|^2                  R: the gradient with the weights s_i sqrt(tau (tau - p_i)) for
+                                       each draw, s_i = +1 or -1 at random, 0 for certain entries
+
+The last line: a class drawn with probability `p / tau` at weight tau has the variance `p (tau - p)`, of which
+`tau (tau - p)` in each draw is the estimate of Horvitz and Thompson (1952); the signs make products between
+classes vanish on average, so that |R|^2 sums the variances in the space of the parameters. Then
+
+    cos(tail) = <G_T, G_D> / (|G_T| |G|),    tan(draws) = sigma / |G|.
+
+Noise falls with the number of positions that are averaged, bias does not: both angles are given for a
+gradient over 2,048 positions. Draws made together (a fixed number per position) vary less than is assumed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .fusing import HiddenStudent
+from .losses.tiles import SparseTeacher
+from .objective import Counts, Objective, select
+from .records import write_text
+from .sample import sample_batches
+from .teachers.signal import SparseSignal
+
+if TYPE_CHECKING:
+    from .trainer import DistillationTrainer
+
+logger = logging.getLogger(__name__)
+
+ESTIMATOR_FILE = "sparse_estimator.json"
+#: Positions that a gradient is taken to be averaged over.
+HORIZON = 2048
+_MOST_BATCHES = 32
+# Gradients of more parameters than these, from the last ones on, are not compared: three of them are held.
+_MOST_PARAMETERS = 1 << 28
+_SIGNS = 2
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How a sparse signal is read, and why.
+
+    Attributes:
+        name: "tail" or "draws".
+        angle_tail: Degrees between the gradient with the tail's mass and the full one; None: not measured.
+        angle_draws: The same of the draws, over `HORIZON` positions.
+        positions: What it was measured on.
+    """
+
+    name: str
+    angle_tail: float | None = None
+    angle_draws: float | None = None
+    positions: int = 0
+
+    def apply(self, objective: Objective) -> Objective:
+        """The same objective, reading signals this way."""
+        readings = {"tail": SparseSignal.tail, "draws": SparseSignal.draws}
+        return replace(objective, estimator=readings[self.name])
+
+    def save(self, folder: Path) -> None:
+        """Record the choice in a checkpoint."""
+        write_text(folder / ESTIMATOR_FILE, json.dumps(asdict(self), indent=2) + "\n")
+
+    @staticmethod
+    def load(folder: Path) -> Estimator | None:
+        """The choice of a checkpoint, if it has one."""
+        path = folder / ESTIMATOR_FILE
+        return Estimator(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def settle(trainer: DistillationTrainer) -> Estimator:
+    """The estimator of a run whose teacher is sparse: the option's, or the one with the smaller angle."""
+    if trainer.args.sparse_estimator != "auto":
+        return Estimator(trainer.args.sparse_estimator)
+    if trainer.objective.divergence_name != "forward_kl":
+        return Estimator("tail")  # draws have no unbiased estimate of other divergences
+    measured = measure(trainer)
+    if measured is None:
+        return Estimator("tail")  # the signal has no draws
+    logger.warning(
+        "sparse_estimator='auto' takes %r: over %d positions its gradient is nearer to the full one (tail "
+        "%.1f degrees, draws %.1f; measured on %d positions).",
+        measured.name,
+        HORIZON,
+        measured.angle_tail,
+        measured.angle_draws,
+        measured.positions,
+    )
+    assert measured.angle_tail is not None and measured.angle_draws is not None
+    trainer.log({"sparse_angle_tail": measured.angle_tail, "sparse_angle_draws": measured.angle_draws})
+    return measured
+
+
+def measure(trainer: DistillationTrainer) -> Estimator | None:
+    """Both angles on some training batches, in evaluation mode; None if the signal has no draws."""
+    student, training = trainer.student, trainer.student.training
+    parameters = _parameters(student)
+    generator = torch.Generator().manual_seed(trainer.args.seed)
+    readings: list[Callable[[SparseSignal], SparseTeacher]] = [SparseSignal.tail, SparseSignal.draws]
+    readings += [partial(random_signs, generator=generator)] * _SIGNS
+    sums = [[torch.zeros_like(p, dtype=torch.float32) for p in parameters] for _ in readings]
+    positions = 0.0
+    student.eval()
+    try:
+        for batch in sample_batches(trainer, trainer.train_dataset, _MOST_BATCHES):
+            with trainer.compute_loss_context_manager():
+                found = _gradients(trainer, batch, parameters, readings)
+            if found is None:
+                return None
+            for total, gradients in zip(sums, found, strict=True):
+                torch._foreach_add_(total, [g.float() for g in gradients])
+            positions += float((trainer.task.supervise_batch(batch).kd_weight > 0).sum())
+            if positions >= HORIZON:
+                break
+    finally:
+        student.train(training)
+    tail, draws, *signs = sums
+    noise = torch.stack([_product(one, one) for one in signs]).mean()
+    values = torch.stack([_product(tail, tail), _product(draws, draws), _product(tail, draws), noise])
+    return angles(trainer.accelerator.reduce(values, reduction="mean"), int(positions))
+
+
+def random_signs(signal: SparseSignal, *, generator: torch.Generator) -> SparseTeacher:
+    """What the draws add to the gradient by chance: weights whose gradient has the variance of theirs."""
+    draws = signal.draws()
+    assert signal.log_tau is not None
+    log_tau = signal.log_tau.unsqueeze(-1)
+    spread = (2 * log_tau).exp() - (log_tau + signal.log_probs).exp()
+    signs = 2 * torch.randint(0, 2, signal.ids.shape, generator=generator).to(spread.device) - 1
+    weights = signs * spread.clamp_min(0).sqrt()
+    return replace(draws, weights=weights.masked_fill(~signal.drawn | (signal.ids < 0), 0.0))
+
+
+def angles(sums: Tensor, positions: int) -> Estimator:
+    """The choice, from `|G_T|^2, |G_D|^2, <G_T, G_D>, |R|^2` of gradients summed over some positions."""
+    tail, draws, both, noise = sums.tolist()
+    full = max(draws - noise, 1e-6 * draws, 1e-30)
+    cosine = both / math.sqrt(tail * full) if tail > 0 else 0.0
+    angle_tail = math.degrees(math.acos(min(max(cosine, -1.0), 1.0)))
+    angle_draws = math.degrees(math.atan(math.sqrt(noise / full * positions / HORIZON)))
+    name = "draws" if angle_draws < angle_tail else "tail"
+    return Estimator(name, angle_tail, angle_draws, positions)
+
+
+def _gradients(
+    trainer: DistillationTrainer,
+    batch: dict[str, Tensor],
+    parameters: list[Tensor],
+    readings: list[Callable[[SparseSignal], SparseTeacher]],
+) -> list[list[Tensor]] | None:
+    """Gradients summed over a batch's positions, one list for each way to read the signal; None: no draws."""
+    supervision = trainer.task.supervise_batch(batch)
+    one = torch.ones((), device=supervision.kd_weight.device)
+    counts, mix = Counts(one, one), replace(trainer.mix(), alpha=1.0)
+    fusion = trainer.fusion_for(batch)
+    student: HiddenStudent | Tensor
+    if fusion is not None:
+        student, signal = trainer.pair.fused(fusion, trainer.student, batch, distil=True)
+    else:
+        _, student, signal = trainer.pair.dense(trainer.student, batch, distil=True)
+    if not isinstance(signal, SparseSignal) or not signal.has_draws:
+        return None
+    found = []
+    for reading in readings:
+        objective = replace(trainer.objective, estimator=reading)
+        if isinstance(student, HiddenStudent):
+            assert fusion is not None
+            terms = fusion.terms(objective, student, signal, supervision, counts=counts, mix=mix, ranks=1)
+        else:
+            index = select([supervision])[0]
+            terms = objective(student, signal, supervision, selection=index, counts=counts, mix=mix)
+        gradients = torch.autograd.grad(terms.loss, parameters, retain_graph=True, allow_unused=True)
+        found.append(
+            [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+        )
+    return found
+
+
+def _parameters(student: torch.nn.Module) -> list[Tensor]:
+    """What is trained, from the output on, as far as gradients of it can be held three times."""
+    chosen: list[Tensor] = []
+    left = _MOST_PARAMETERS
+    for parameter in reversed([p for p in student.parameters() if p.requires_grad]):
+        left -= parameter.numel()
+        if left < 0 and chosen:
+            break
+        chosen.append(parameter)
+    return chosen
+
+
+def _product(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True)]).sum()
