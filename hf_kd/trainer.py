@@ -40,6 +40,7 @@ from .projection import Projection
 from .records import TEACHER_FILE, check_teacher, write_options, write_teacher
 from .rows import ROW, RowCollator, RowDataset
 from .schedules import schedule
+from .students import memory
 from .tasks import TEXT_ENDS, Batch, Supervision, Task, resolve_task
 from .teachers import ModelTeacher, Teacher, resolve_teacher
 from .terms import TermLog
@@ -461,7 +462,8 @@ class DistillationTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the student as `from_pretrained` reads it, and `distillation.yaml` beside it."""
-        super().save_model(output_dir, _internal_call)
+        with memory.forgotten(getattr(self.student, "config", None), wanted=not _internal_call):
+            super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             write_options(folder, self)

@@ -9,7 +9,9 @@ import torch
 import transformers as tf
 from torch import nn
 
-from hf_kd.students import init_student, layer_map
+from hf_kd.config import DistillationArguments
+from hf_kd.students import init_student, layer_map, remembered_layers
+from hf_kd.trainer import DistillationTrainer
 
 TEXT = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 BERT = {
@@ -277,7 +279,7 @@ def test_chosen_layers_and_one_side_of_an_encoder_decoder():
     [
         ({"num_layers": 9}, "num_layers=9 does not fit a teacher of 4 layers"),
         ({"num_layers": 0}, "num_layers=0"),
-        ({"layers": "first"}, "layers='first' is not known"),
+        ({"layers": "best"}, "layers='best' is not known"),
         ({"layers": [2, 1]}, "ascending"),
         ({"layers": [0, 4]}, "from 0 to 3"),
         ({"layers": [0, 1], "num_layers": 3}, "set one of the two"),
@@ -294,30 +296,117 @@ def test_refuses_a_plain_module():
         init_student(nn.Linear(2, 2), num_layers=1)
 
 
-def test_refuses_shared_layers_and_pyramids():
-    """ALBERT uses one layer n times, Swin has stages of different widths: neither is a stack of layers."""
+def test_refuses_shared_layers():
+    """ALBERT uses one layer n times: there is no stack of layers to cut."""
     albert = tf.AlbertConfig(
         vocab_size=64, embedding_size=8, hidden_size=16, num_attention_heads=2, intermediate_size=32,
         num_hidden_layers=4,
     )  # fmt: skip
-    swin = tf.SwinConfig(
-        image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=2
-    )
-    for model in (tf.AlbertForMaskedLM(albert), tf.SwinForImageClassification(swin)):
-        with pytest.raises(ValueError, match="finds no stack of layers"):
-            init_student(model, num_layers=2)
+    with pytest.raises(ValueError, match="finds no stack of layers"):
+        init_student(tf.AlbertForMaskedLM(albert), num_layers=2)
 
 
-def test_refuses_a_layer_that_would_compute_something_else():
-    """Trap 43: where a rule of the config, not a list, says what layer i is, the rule meets another layer."""
+def swin(depths=(2, 6)):
+    config = tf.SwinConfig(
+        image_size=32, patch_size=2, embed_dim=8, depths=list(depths), num_heads=[1, 2], window_size=4,
+        num_channels=1,
+    )  # fmt: skip
+    return make(tf.SwinForImageClassification, config)
+
+
+def test_pyramids_are_cut_inside_their_stages(tmp_path):
+    """Trap 43: every second window of Swin is shifted by a rule; kept blocks go to places of their kind."""
+    teacher = swin()
+    student = init_student(teacher, num_layers=3)
+    assert student.config.depths == [2, 3] and student.config.num_layers == 2
+    kept = student.config.hf_kd_layers
+    assert kept == {"depths.0": [0, 1], "depths.1": [0, 3, 4]}
+    for i, j in enumerate(kept["depths.1"]):
+        mine, origin = (m.swin.encoder.layers[1].blocks for m in (student, teacher))
+        for ours, theirs in zip(mine[i].parameters(), origin[j].parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert mine[i].shift_size == origin[j].shift_size
+    student.save_pretrained(tmp_path)
+    loaded = type(student).from_pretrained(tmp_path)
+    pixels = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixels).logits, student(pixels).logits)
+        whole = init_student(teacher, num_layers={"depths.0": 2, "depths.1": 6})
+        assert torch.equal(whole(pixels).logits, teacher(pixels).logits)
+    assert init_student(teacher, num_layers=0.5).config.depths == [1, 3]
+    with pytest.raises(ValueError, match="shift_size"):
+        init_student(teacher, layers={"depths.1": [0, 2], "depths.0": [0]})
+
+
+def qwen2_moe():
     config = tf.Qwen2MoeConfig(
         **LLAMA, num_hidden_layers=4, decoder_sparse_step=2, num_experts=2, num_experts_per_tok=1,
         moe_intermediate_size=8, shared_expert_intermediate_size=8,
     )  # fmt: skip
-    teacher = tf.Qwen2MoeForCausalLM(config)
+    return make(tf.Qwen2MoeForCausalLM, config)
+
+
+def mixtral():
+    config = tf.MixtralConfig(**LLAMA, num_hidden_layers=4, num_local_experts=3, num_experts_per_tok=2)
+    return make(tf.MixtralForCausalLM, config)
+
+
+def test_layers_that_a_rule_makes_keep_their_kind():
+    """Trap 43: where a rule of the config, not a list, says what layer i is, the rule meets another layer."""
+    teacher = qwen2_moe()
     with pytest.raises(ValueError, match="cannot be cut"):
         init_student(teacher, layers=[0, 2])
     assert init_student(teacher, layers=[0, 3]).config.num_hidden_layers == 2
+    kept = init_student(teacher, num_layers=3).config.hf_kd_layers["num_hidden_layers"]
+    assert kept == [0, 1, 2]  # even would be [0, 2, 3], with a dense layer where a sparse one goes
+
+
+@pytest.mark.parametrize("build", [qwen2_moe, mixtral])
+def test_mixture_of_experts_generates_with_a_cache(build):
+    """Trap 43: experts and routers come along with their layer."""
+    student = init_student(build(), num_layers=2)
+    batch = {**token_batch(rows=1, length=6), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    assert torch.equal(student.generate(**batch), student.generate(**batch, use_cache=False))
+
+
+def test_shares_first_and_last():
+    teacher = llama(5)
+    for options, kept in (
+        ({"num_layers": 0.4}, [0, 4]),
+        ({"num_layers": 2, "layers": "first"}, [0, 1]),
+        ({"num_layers": 0.6, "layers": "last"}, [2, 3, 4]),
+        ({"layers": "last"}, [2, 3, 4]),
+    ):
+        student = init_student(teacher, **options)
+        assert remembered_layers(student.config) == {"num_hidden_layers": kept}
+        origin = teacher.model.layers[kept[0]].mlp.up_proj.weight
+        assert torch.equal(student.model.layers[0].mlp.up_proj.weight, origin)
+
+
+@pytest.mark.parametrize("value", [1.0, 2.5, 0.0, -0.5, True, "3", float("nan")])
+def test_a_size_is_a_number_or_a_share(value):
+    with pytest.raises(ValueError, match="num_layers=.* is neither a number"):
+        init_student(bert(), num_layers=value)
+
+
+def test_the_map_of_layers_is_remembered_until_export(tmp_path):
+    """The config of a saved student has it; the trainer's own save leaves it out, its checkpoints don't."""
+    student = init_student(bart(4, 4), num_layers={"decoder_layers": 2})
+    wanted = {"encoder_layers": [0, 1, 2, 3], "decoder_layers": [0, 3]}
+    student.save_pretrained(tmp_path / "kept")
+    assert tf.AutoConfig.from_pretrained(tmp_path / "kept").hf_kd_layers == wanted
+    again = init_student(student, num_layers={"decoder_layers": 1})
+    assert again.config.hf_kd_layers["decoder_layers"] == [0]
+    args = DistillationArguments(
+        output_dir=str(tmp_path / "run"), alpha=0, max_steps=1, save_steps=1, report_to=[], use_cpu=True
+    )
+    rows = [{"input_ids": [1, 5, 6, 2], "labels": [5, 6, 2, -100]}] * 4
+    trainer = DistillationTrainer(student, args, train_dataset=rows, task="seq2seq-lm")
+    trainer.train()
+    trainer.save_model()
+    assert "hf_kd" not in (tmp_path / "run" / "config.json").read_text()
+    assert student.config.hf_kd_layers == wanted
+    assert "hf_kd_layers" in (tmp_path / "run" / "checkpoint-1" / "config.json").read_text()
 
 
 def test_alternating_attention_is_kept(tmp_path):
