@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,12 @@ class Case:
         if self.masked:
             self.labels[torch.rand(self.tokens, generator=g) < self.masked] = -100
 
+    def room(self, rows: int) -> Tensor:
+        """A buffer for logits `[rows, V]`, kept: a product's time is not that of the system's page faults."""
+        if not hasattr(self, "_room"):
+            self._room = torch.zeros(rows, self.vocabulary)
+        return self._room
+
     def gradients(self) -> int:
         """Bytes of the gradients that must exist."""
         wanted = (self.hidden, self.weight)
@@ -71,7 +78,7 @@ def floor(case: Case, products: str = "zthw") -> None:
     """Products nobody avoids: student `z` and teacher `t` logits, gradients of hidden `h` and head `w`."""
     with torch.no_grad():
         rows = min(512, case.tokens)
-        logits = torch.empty(rows, case.vocabulary)
+        logits = case.room(rows)
         grad_weight = torch.empty_like(case.weight) if "w" in products else None
         for a in range(0, case.tokens, rows):
             hidden = case.hidden[a : a + rows]
@@ -166,19 +173,6 @@ METHODS: dict[str, Callable[[Case], None]] = {
 DEFAULT = ("floor", "fused", "fused, 64 MiB", "dense", "liger", "trl")
 
 
-def measure_time(case: Case, methods: list[str], repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of each method, its repeats interleaved with the others'; the first round is a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for repeat in range(repeats + 1):
-        for name in methods:
-            case.hidden.grad = case.weight.grad = None
-            start = time.process_time()
-            METHODS[name](case)
-            if repeat:
-                seconds[name].append(time.process_time() - start)
-    return seconds
-
-
 def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -186,25 +180,32 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}.")
 
 
-def peak_bytes(case: Case, method: str) -> int:
-    """Peak resident bytes of this process during one call, beyond what it held before and the gradients."""
+def measure_once(case: Case, method: str) -> dict[str, float]:
+    """CPU and wall seconds of one call, and its peak resident bytes beyond the inputs and the gradients."""
     METHODS[method](Case(16, 4096, case.widths, dtype=case.dtype))  # libraries loaded
+    case.room(min(512, case.tokens) if "floor" in method else 0)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    wall, cpu = time.perf_counter(), time.process_time()
     METHODS[method](case)
-    return _status("VmHWM") - before - case.gradients()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return {"seconds": cpu, "wall": wall, "bytes": _status("VmHWM") - before - case.gradients()}
 
 
-def measure_memory(arguments: argparse.Namespace, methods: list[str]) -> dict[str, int | None]:
-    """Extra bytes of each method, measured in a process of its own; None if that did not finish."""
-    out: dict[str, int | None] = {}
-    for method in methods:
-        command = [sys.executable, __file__, "--peak", method, "--tokens", str(arguments.tokens)]
-        command += ["--vocabulary", str(arguments.vocabulary), "--widths", arguments.widths]
-        command += ["--threads", str(arguments.threads), "--dtype", arguments.dtype]
-        command += ["--masked", str(arguments.masked), *(["--frozen"] if arguments.frozen else [])]
-        done = subprocess.run(command, capture_output=True, text=True)
-        out[method] = int(done.stdout.split()[-1]) if done.returncode == 0 else None
+def measure(arguments: argparse.Namespace, methods: list[str]) -> dict[str, list[dict[str, float]]]:
+    """What each method takes, each call in a process of its own; the repeats of all are interleaved."""
+    out: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+    for _ in range(arguments.repeats):
+        for method in methods:
+            command = [sys.executable, __file__, "--once", method, "--tokens", str(arguments.tokens)]
+            command += ["--vocabulary", str(arguments.vocabulary), "--widths", arguments.widths]
+            command += ["--threads", str(arguments.threads), "--dtype", arguments.dtype]
+            command += ["--masked", str(arguments.masked), *(["--frozen"] if arguments.frozen else [])]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                out[method].append(json.loads(done.stdout.splitlines()[-1]))
+            else:
+                print(f"{method}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
     return out
 
 
@@ -220,6 +221,7 @@ def machine() -> dict[str, object]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "load": os.getloadavg()[0],
     }
 
 
@@ -270,9 +272,7 @@ def main() -> None:
     parser.add_argument("--masked", type=float, default=0.0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--frozen", action="store_true", help="the student's head gets no gradient")
-    parser.add_argument("--peak", default=None, help="print the peak bytes of this method, and nothing else")
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--no-time", action="store_true")
+    parser.add_argument("--once", default=None, help="print one call of this method, and nothing else")
     parser.add_argument("--save", default=None, help="file under benchmarks/results to append to")
     parser.add_argument("--plot", default=None, help="draw what a file under benchmarks/results holds")
     arguments = parser.parse_args()
@@ -289,33 +289,32 @@ def main() -> None:
         getattr(torch, arguments.dtype),
     )
     case.weight.requires_grad_(not arguments.frozen)
-    if arguments.peak:
-        print(peak_bytes(case, arguments.peak))
+    if arguments.once:
+        print(json.dumps(measure_once(case, arguments.once)))
         return
+    del case
     methods = list(DEFAULT) if arguments.methods is None else arguments.methods.split(";")
-    seconds = {} if arguments.no_time else measure_time(case, methods, arguments.repeats)
-    memory = (
-        {} if arguments.no_memory else measure_memory(arguments, [m for m in methods if "floor" not in m])
-    )
-    base = statistics.median(seconds["floor"]) if "floor" in seconds else None
+    found = measure(arguments, methods)
+    base = None
     rows = []
-    for method in methods:
-        times = sorted(seconds.get(method, []))
-        median = statistics.median(times) if times else None
-        ratio = median / base if median is not None and base else None
-        extra = memory.get(method)
-        rows.append(
-            {"method": method, "seconds": median, "all": times, "over_floor": ratio, "extra_bytes": extra}
-        )
+    for method, calls in found.items():
+        row: dict[str, Any] = {"method": method, "calls": calls}
+        for key, name in (("seconds", "seconds"), ("wall", "wall"), ("bytes", "extra_bytes")):
+            row[name] = statistics.median(call[key] for call in calls) if calls else None
+        if "floor" in method:
+            row["extra_bytes"] = None
+        base = row["seconds"] if method == methods[0] else base
+        row["over_first"] = row["seconds"] / base if base and calls else None
+        rows.append(row)
         shown = "".join(
             f"{value / unit:12.3f}" if value is not None else f"{'-':>12}"
-            for value, unit in ((median, 1), (ratio, 1), (extra, MIB))
+            for value, unit in ((row["seconds"], 1), (row["over_first"], 1), (row["extra_bytes"], MIB))
         )
         print(f"{method:28}{shown}", flush=True)
     if arguments.save:
         path = RESULTS / arguments.save
         path.parent.mkdir(exist_ok=True)
-        known = json.loads(path.read_text()) if path.exists() else {"schema_version": 1, "runs": []}
+        known = json.loads(path.read_text()) if path.exists() else {"schema_version": 2, "runs": []}
         size = {name: getattr(arguments, name) for name in ("tokens", "vocabulary", "widths", "threads")}
         size |= {name: getattr(arguments, name) for name in ("masked", "dtype", "frozen", "repeats")}
         known["runs"].append({**size, "machine": machine(), "rows": rows})

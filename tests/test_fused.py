@@ -227,7 +227,9 @@ def test_digits_near_convergence(kind, step):
     found, wanted = problem.fused(dtype=torch.float32, **options), problem.oracle(**options)
     assert found[0].loss >= 0
     assert found[0].loss.item() == pytest.approx(float(wanted[0]), rel=1e-2)
-    assert (found[1][0].double() - wanted[1][0]).norm() <= 2e-2 * wanted[1][0].norm()
+    # Total variation's slope is a sign: it is open where the logits differ by no more than their rounding.
+    bound = 5e-2 if kind == "tvd" else 2e-2
+    assert (found[1][0].double() - wanted[1][0]).norm() <= bound * wanted[1][0].norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -498,6 +500,7 @@ def test_memory_is_bounded_by_the_budget(monkeypatch):
             )  # fmt: skip
             held = 8 * plan.tokens * classes + 4 * plan.widest * (5 * plan.tokens + 768)
             assert held <= budget
+            assert plan.tokens % 16 == 0 or plan.tokens < 16  # else the products are slow
             assert plan.tiles[-1].stop == classes
 
 

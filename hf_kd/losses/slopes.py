@@ -15,6 +15,8 @@ from .buffers import Buffers
 from .statistics import Statistics
 from .tiles import Projection, Tile, power
 
+# Of its mass within a tile; below, the sum over a tile of terms of both signs has too few digits in fp32.
+_SMALL_JSD = 1e-3
 MIXTURES = ("jsd", "skew_kl", "skew_reverse_kl", "tvd")
 
 
@@ -46,18 +48,18 @@ class Entries:
         edges = torch.tensor([tile.start for tile in tiles] + [tiles[-1].stop], device=rows.device)
         self.bounds = torch.searchsorted(classes, edges).tolist()
 
-    def positions(self, k: int, tile: Tile) -> Tensor | None:
-        """Where the entries of tile `k` are in its flat buffer, or None if it has none."""
+    def positions(self, k: int, tile: Tile, n: int) -> Tensor | None:
+        """Where the entries of tile `k` of `n` rows are in its memory, or None if it has none."""
         first, last = self.bounds[k], self.bounds[k + 1]
         if first == last:
             return None
-        return self.rows[first:last] * tile.width + (self.classes[first:last] - tile.start)
+        return (self.classes[first:last] - tile.start) * n + self.rows[first:last]
 
     def add_to(self, gradient: Tensor, k: int, tile: Tile) -> None:
         """Add this tile's entries to its gradient `[n, w]`."""
-        positions = self.positions(k, tile)
+        positions = self.positions(k, tile, gradient.shape[0])
         if positions is not None:
-            gradient.view(-1).index_add_(0, positions, self.values[self.bounds[k] : self.bounds[k + 1]])
+            gradient.T.view(-1).index_add_(0, positions, self.values[self.bounds[k] : self.bounds[k + 1]])
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,8 @@ class SecondPass:
         the logarithms keep their digits where p and q are almost equal, and stay bounded where one of them is
         0.
         """
+        if self.kind == "jsd":
+            return self._jensen_shannon(p, q, n, tile)
         gap = torch.sub(p, q, out=self.buffers.scratch("gap", n, tile))
         if self.kind == "tvd":
             value = 0.5 * gap.abs().sum(-1)
@@ -317,12 +321,7 @@ class SecondPass:
         share = 1 - lam if self.kind == "skew_reverse_kl" else lam  # of p in the mixture
         mix = torch.lerp(q, p, share, out=self.buffers.scratch("t", n, tile))
         mix.clamp_(min=torch.finfo(mix.dtype).tiny)
-        s, log = gap, self.buffers.scratch("product", n, tile)
-        if self.kind == "jsd":
-            s.div_(mix)
-            slope = _log1p(s, -share, out=log).mul_(q).mul_(1 - share)
-            term = _log1p(s, 1 - share, out=mix).mul_(p).mul_(share)
-            return slope, term.add_(slope).sum(-1)
+        log = self.buffers.scratch("product", n, tile)
         s = torch.div(gap, mix, out=mix)
         if self.kind == "skew_kl":
             term = _log1p(s, 1 - share, out=log).mul_(p)
@@ -331,6 +330,29 @@ class SecondPass:
         logs = _log1p(s, -share, out=log)
         value = torch.addcmul(gap.mul_(share), logs, q, out=p).sum(-1)
         return logs.add_(s, alpha=lam * share).mul_(q), value
+
+    def _jensen_shannon(self, p: Tensor, q: Tensor, n: int, tile: Tile) -> tuple[Tensor, Tensor]:
+        """The same for `jsd`, from two logarithms; rows that are almost equal are done again with `log1p`.
+
+        A logarithm near 1 has the error of its argument, which is that of p and q themselves: it is good
+        enough for the slope, but not for a value of second order in it.
+        """
+        share, tiny = self.parameter, torch.finfo(p.dtype).tiny
+        p.clamp_(min=tiny)
+        q.clamp_(min=tiny)
+        mix = torch.lerp(q, p, share, out=self.buffers.scratch("t", n, tile))
+        slope = torch.div(q, mix, out=self.buffers.scratch("product", n, tile)).log_().mul_(q)
+        value = slope.sum(-1).mul_(1 - share)
+        term = torch.div(p, mix, out=self.buffers.scratch("gap", n, tile)).log_().mul_(p)
+        value.add_(term.sum(-1), alpha=share)
+        rows = (value < _SMALL_JSD * mix.sum(-1)).nonzero().squeeze(1)
+        if rows.numel():
+            a, b = p.index_select(0, rows), q.index_select(0, rows)
+            s = (a - b).div_(mix.index_select(0, rows))
+            logs = [_log1p(s, factor, out=torch.empty_like(s)) for factor in (-share, 1 - share)]
+            slope[rows] = logs[0].mul_(b)
+            value[rows] = logs[1].mul_(a).mul_(share).add_(logs[0], alpha=1 - share).sum(-1)
+        return slope.mul_(1 - share), value
 
 
 @dataclass

@@ -143,10 +143,10 @@ def _log_tail(
     logs = []
     for k, tile in enumerate(tiles):
         kept = buffers.student(n, tile)
-        positions = found.positions(k, tile)
+        positions = found.positions(k, tile, n)
         if positions is not None:
             # Far below every logit; the slope of a soft-cap is 0 there.
-            kept.view(-1)[positions] = -1e4 if keep_logits else 0.0
+            kept.T.view(-1)[positions] = -1e4 if keep_logits else 0.0
         if not tile.shared:
             continue
         e = torch.exp(kept, out=buffers.scratch("x", n, tile)) if keep_logits else kept
