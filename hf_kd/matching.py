@@ -34,16 +34,19 @@ def match_classes(trainer: DistillationTrainer) -> ClassMap:
         AlignmentError: If they don't.
     """
     teacher = trainer.teacher
-    if not isinstance(teacher, ModelTeacher) or trainer.task.name in PLACE_TASKS:
+    # A teacher that is no model may describe its classes in a `config` of its own.
+    described: Any = teacher.model if isinstance(teacher, ModelTeacher) else teacher
+    student_config, teacher_config = (getattr(m, "config", None) for m in (trainer.student, described))
+    if trainer.task.name in PLACE_TASKS:
         return ClassMap()
-    student_config, teacher_config = (getattr(m, "config", None) for m in (trainer.student, teacher.model))
     if student_config is None or teacher_config is None:
         return ClassMap()
     if trainer.task.name not in VOCABULARY_TASKS:
         return align_labels(student_config, teacher_config)
-    sizes = _vocab_size(trainer.student), _vocab_size(teacher.model)
+    sizes = _vocab_size(trainer.student), _vocab_size(described)
+    processors = trainer.processing_class, trainer.teacher_processing_class or _processor_beside(described)
     try:
-        return align_vocabulary(*sizes, trainer.processing_class, _teacher_processor(trainer, teacher))
+        return align_vocabulary(*sizes, *processors)
     except AlignmentError:
         if trainer.task.name != "causal-lm" or not _blind_to_classes(trainer):
             raise
@@ -92,7 +95,9 @@ def _vocab_size(model: nn.Module) -> int:
     weight = getattr(head, "weight", None)
     if weight is not None:
         return int(weight.shape[0])
-    return int(model.config.get_text_config(decoder=True).vocab_size)  # type: ignore[union-attr,operator]
+    config: Any = model.config
+    nested = getattr(config, "get_text_config", None)
+    return int((nested(decoder=True) if nested is not None else config).vocab_size)
 
 
 def _processor_beside(model: nn.Module) -> Any:

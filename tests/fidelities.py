@@ -67,6 +67,7 @@ class FidelityTeacher:
     ) -> None:  # fmt: skip
         self.inner = ModelTeacher(model, outputs)
         self.fidelity, self.entries, self.temperature, self.seed = fidelity, entries, temperature, seed
+        self.config = model.config
 
     @property
     def identity(self) -> dict[str, str]:

@@ -21,7 +21,7 @@ from hf_kd.tasks import TASKS
 
 from .fidelities import FidelityTeacher, as_hidden, threshold_sample
 from .heads import HEADS, Collator, models, naive_divergence, oracle, rows_of
-from .test_checks import problems
+from .test_checks import lms, problems, tokenizer
 from .test_gradient import assert_same, step
 from .test_objective import HALF, make, make_rows
 from .test_trainer import arguments
@@ -354,3 +354,46 @@ def test_hidden_teacher_of_other_positions(tmp_path: Path) -> None:
 
     made = trainer(tmp_path, "causal-lm", lambda m: Short(m, "hidden"))
     assert "answers for" in problems(made)
+
+
+@pytest.mark.parametrize("fidelity", ["hidden", "sparse"])
+def test_label_names_of_a_teacher_that_is_no_model(tmp_path: Path, fidelity: str) -> None:
+    """Trap 32: its own order of the labels is permuted by name, whatever its fidelity."""
+    losses = []
+    for order in (["a", "b", "c", "d"], ["c", "a", "d", "b"]):
+        student, model = models(HEADS["single-label"])
+        student.config.id2label = dict(enumerate("abcd"))
+        layer = model.classifier
+        index = torch.tensor(["abcd".index(name) for name in order])
+        layer.weight.data, layer.bias.data = layer.weight.data[index], layer.bias.data[index]
+        model.config.id2label = dict(enumerate(order))
+        head = HEADS["single-label"]
+        losses.append(step(tmp_path, head, student, FidelityTeacher(model, fidelity), rows_of(head, 4)))
+    assert losses[0][0] == pytest.approx(losses[1][0])
+    assert_same(losses[0][1], losses[1][1])
+
+
+@pytest.mark.parametrize("fused", ["on", "off"])
+@pytest.mark.parametrize("fidelity", ["hidden", "sparse"])
+def test_padded_vocabulary_of_a_teacher_that_is_no_model(tmp_path: Path, fidelity: str, fused: str) -> None:
+    """Trap 30: its vocabulary is cut to the student's and renormalised, as a model's is."""
+    same = tokenizer(["<u>", *"abcdefghi"])
+    losses = []
+    for as_model in (True, False):
+        pair = lms(12, 16)
+        pair["teacher"] = pair["teacher"] if as_model else FidelityTeacher(pair["teacher"], fidelity)
+        made = DistillationTrainer(
+            args=arguments(tmp_path, fused=fused, max_steps=2), **pair, processing_class=same,
+            teacher_processing_class=same,
+        )  # fmt: skip
+        made.train()
+        assert made.objective.classes.shared == 12
+        losses.append([x["loss"] for x in made.state.log_history if "loss" in x])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_page_names_what_is_allowed() -> None:
+    """docs/signals.md lists the divergences that a tail can be read with."""
+    page = (Path(__file__).parents[1] / "docs" / "signals.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| `reverse_kl`"))
+    assert all(f"`{name}`" in row for name in MERGEABLE if name != "forward_kl")

@@ -176,7 +176,12 @@ class TeacherSignal:
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Anything that answers a batch with a `TeacherSignal`; the trainer never asks which kind it is."""
+    """Anything that answers a batch with a `TeacherSignal`; the trainer never asks which kind it is.
+
+    One that is no model in memory may have a `config`, with the `num_labels` and `id2label` of a classifier
+    or the `vocab_size` of a language model: its classes are then matched to the student's as a model's are.
+    Without one, they are taken to be the student's.
+    """
 
     def __call__(self, batch: Mapping[str, Any]) -> TeacherSignal:
         """Answer one batch, whose tensors are on the training device, without gradient."""
