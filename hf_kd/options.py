@@ -19,6 +19,7 @@ SUPERVISE_NAMES = ("auto", "all")
 FUSED_NAMES = ("auto", "on", "off")
 SERVER_FORMAT_NAMES = ("vllm", "openai", "sglang", "llama.cpp")
 SPARSE_ESTIMATOR_NAMES = ("auto", "tail", "draws")
+CACHE_MISS_NAMES = ("error", "compute")
 DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16", "float64")
 
 
@@ -63,6 +64,8 @@ class DistillationOptions:
     kl_threshold: float | None = _option(None, "stop at the evaluation whose eval_kl is not above this")
     teacher_dtype: str | None = _option(None, "dtype of the teacher (default: its checkpoint's)")
     teacher_device_map: str | None = _option(None, "device map of the teacher (default: training device)")
+    teacher_cache: str | None = _option(None, "directory or Hub id of what the teacher said (hf-kd cache)")
+    cache_miss: str = _option("error", "a row that the cache lacks: error, compute (ask the teacher)")
     teacher_revision: str | None = _option(None, "branch, tag or commit of the teacher on the Hub")
     server_model: str | None = _option(None, "name of the model on the server that teacher=http... names")
     server_format: str = _option("vllm", "how that server answers: vllm, openai, sglang, llama.cpp")
@@ -102,10 +105,18 @@ class DistillationOptions:
             ("fused", FUSED_NAMES),
             ("sparse_estimator", SPARSE_ESTIMATOR_NAMES),
             ("teacher_dtype", (*DTYPE_NAMES, None)),
+            ("cache_miss", CACHE_MISS_NAMES),
         ):
             value = getattr(self, name)
             if value not in known:
                 found.append(f"{name}={value!r} is not known: use one of {', '.join(filter(None, known))}")
+        found += _mapping_problems(self, ("divergence_options",))
+        if self.cache_miss == "compute" and not self.teacher_cache:
+            found.append("cache_miss='compute' has no effect without teacher_cache: set it, or drop this")
+        return found + self._schedule_problems() + self._server_problems()
+
+    def _schedule_problems(self) -> list[str]:
+        found = []
         for name in ("alpha", "temperature"):
             end, schedule = getattr(self, f"{name}_end"), getattr(self, f"{name}_schedule")
             if schedule == "constant" and end is not None:
@@ -115,8 +126,7 @@ class DistillationOptions:
                 )
             if schedule in ("linear", "cosine") and end is None:
                 found.append(f"{name}_schedule={schedule!r} has nowhere to go: set {name}_end")
-        found += _mapping_problems(self, ("divergence_options",))
-        return found + self._server_problems()
+        return found
 
     def _server_problems(self) -> list[str]:
         found = [

@@ -16,6 +16,10 @@ from .base import IGNORE, Batch, Logits, Supervision, Task, token_mask
 TEXT_ENDS = ("text_ends", "teacher_text_ends")
 
 
+#: Which positions of decoder inputs made from labels have a label at or after them; no model reads it.
+DECODED = "hf_kd_decoded"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SequenceClassification(Task):
     """One label, several labels, or numbers per row, as the config's `problem_type` says.
@@ -161,6 +165,8 @@ class Seq2SeqLM(Task):
         labels = batch.get("labels")
         if labels is not None and inputs.get("decoder_input_ids") is None:
             inputs["decoder_input_ids"] = decoder_inputs(labels, model)
+            # Up to the last label: one token more is read where others are longer, and nobody learns from it.
+            inputs[DECODED] = (labels != self.ignore_index).flip(-1).int().cummax(-1).values.flip(-1)
         return inputs
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..loading import load_model
 from ..tasks import TASKS, Task
+from .cache import CachedTeacher
+from .cache.make import tokenizer_hash
+from .cache.opening import open_cache
 from .models import ModelTeacher
 from .server import ServedTeacher, is_address, served_teacher
 from .signal import SparseSignal, Teacher, TeacherSignal
@@ -15,7 +19,15 @@ from .signal import SparseSignal, Teacher, TeacherSignal
 if TYPE_CHECKING:
     from ..config import DistillationArguments
 
-__all__ = ["ModelTeacher", "ServedTeacher", "SparseSignal", "Teacher", "TeacherSignal", "resolve_teacher"]
+__all__ = [
+    "CachedTeacher",
+    "ModelTeacher",
+    "ServedTeacher",
+    "SparseSignal",
+    "Teacher",
+    "TeacherSignal",
+    "resolve_teacher",
+]
 
 
 def resolve_teacher(
@@ -34,6 +46,8 @@ def resolve_teacher(
         ValueError: If alpha wants a teacher and there is none, or it is something else, or the student
             itself.
     """
+    if args.teacher_cache and (args.alpha > 0 or (args.alpha_end or 0) > 0):
+        return _from_cache(teacher, task, args, student=student, processor=processor)
     if teacher is None:
         if args.alpha > 0 or (args.alpha_end or 0) > 0:
             raise ValueError(
@@ -70,3 +84,24 @@ def resolve_teacher(
             "__call__(batch) -> TeacherSignal, `identity` and `columns`."
         )
     return teacher
+
+
+def _from_cache(
+    teacher: Any, task: Task, args: DistillationArguments, *, student: nn.Module, processor: Any
+) -> CachedTeacher:
+    """What the teacher said before; it is loaded only if it may be asked about rows that are not there."""
+    name = teacher if isinstance(teacher, str) else None
+    live = None
+    if teacher is not None and (name is None or args.cache_miss == "compute"):
+        uncached = dataclasses.replace(args, teacher_cache=None, cache_miss="error")
+        live = resolve_teacher(teacher, task, uncached, student=student, processor=processor)
+    return open_cache(
+        str(args.teacher_cache),
+        device=args.device,
+        miss=args.cache_miss,
+        live=live,
+        name=name,
+        revision=args.teacher_revision,
+        dtype=args.teacher_dtype,
+        tokenizer=tokenizer_hash(processor),
+    )

@@ -1,0 +1,248 @@
+"""A teacher that has already said everything: a `Teacher` that reads a cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ...losses.tiles import Head
+from ..models import TEACHER_PREFIX
+from ..signal import Teacher, TeacherSignal
+from .keys import KEY_BYTES, present, row_keys, teacher_view
+from .record import rows_of, signal_of
+from .store import HEAD_FILE, CacheError, Manifest, check_shard, checksum, map_arrays, read_shards
+
+logger = logging.getLogger(__name__)
+
+MISSES = ("error", "compute")
+
+
+class CachedTeacher:
+    """What a teacher said about each row, found by the row's content.
+
+    Args:
+        folder: A cache that `hf-kd cache` made.
+        device: Where signals are wanted.
+        live: The teacher itself, for rows that are not there.
+        miss: What happens with such rows: "error", or "compute": `live` is asked, its answer kept in memory.
+
+    Raises:
+        CacheError: If the cache is damaged (names the part) or empty.
+        ValueError: If `miss` is not known, or needs a teacher that isn't given.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        live: Teacher | None = None,
+        miss: str = "error",
+    ) -> None:
+        """Open the shards; nothing but keys is read."""
+        self.folder, self.device, self.live, self.miss = Path(folder), torch.device(device), live, miss
+        if miss not in MISSES:
+            raise ValueError(f"cache_miss={miss!r} is not known: use one of {', '.join(MISSES)}")
+        if miss == "compute" and live is None:
+            raise ValueError("cache_miss='compute' needs a teacher to ask: give one beside teacher_cache")
+        self.manifest = Manifest.read(self.folder)
+        self._shards = [self._open(shard) for shard in read_shards(self.folder)]
+        if not self._shards:
+            raise CacheError(f"{self.folder} has no rows: run hf-kd cache to its end")
+        self._index()
+        self._head = self._load_head() if self.manifest.fidelity == "hidden" else None
+        #: Rows that the live teacher was asked about, by key.
+        self._asked: dict[bytes, dict[str, np.ndarray]] = {}
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The identity of the teacher that was asked."""
+        return dict(self.manifest.teacher)
+
+    @property
+    def config(self) -> SimpleNamespace:
+        """What is known of the teacher's classes: their names, and the size of its vocabulary."""
+        note = self.manifest.note
+        names = {int(key): str(name) for key, name in dict(note.get("id2label") or {}).items()}
+        return SimpleNamespace(
+            num_labels=len(names) or None, id2label=names, vocab_size=note.get("classes") or 0
+        )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What the teacher read, plain and with the `teacher_` prefix."""
+        names = self.manifest.columns
+        return (*names, *(TEACHER_PREFIX + name for name in names))
+
+    @property
+    def rows(self) -> int:
+        """Rows in the cache."""
+        return len(self._hi)
+
+    def __call__(self, batch: Mapping[str, Any]) -> TeacherSignal:
+        """Find what was said about each row.
+
+        Raises:
+            CacheError: If a row is not there; says which, and why that may be.
+        """
+        view = teacher_view(batch, self.manifest.columns)
+        mask = present(view, self.manifest.pad) if self.manifest.per_position else None
+        keys = row_keys(view, self.manifest.pad)
+        places = self._find(keys)
+        missing = [i for i, place in enumerate(places) if place < 0 and keys[i] not in self._asked]
+        if missing:
+            if self.miss == "error" or self.live is None:
+                raise CacheError(self._why(missing[0], view, mask))
+            self._ask(batch, mask, keys, missing)
+        rows = [self._row(keys[i], place) for i, place in enumerate(places)]
+        lengths = [len(next(iter(row.values()))) for row in rows]
+        expected = [1] * len(rows) if mask is None else mask.sum(-1).tolist()
+        if lengths != expected:
+            i = next(i for i, (a, b) in enumerate(zip(lengths, expected, strict=True)) if a != b)
+            raise CacheError(
+                f"row {i} has {expected[i]} positions, its record in {self.folder} {lengths[i]}: "
+                "it is damaged"
+            )
+        arrays = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        return signal_of(
+            arrays, mask, self.manifest, len(rows), head=self._head, device=self._device_of(view)
+        )
+
+    def _device_of(self, view: Mapping[str, Tensor]) -> torch.device:
+        return next(iter(view.values())).device if view else self.device
+
+    def _open(self, shard: Any) -> dict[str, np.ndarray]:
+        path = self.folder / shard.file
+        problem = check_shard(self.folder, shard, content=False)
+        if problem is None:
+            arrays = map_arrays(path)
+            problem = self._problem(arrays, shard)
+        if problem is not None:
+            raise CacheError(
+                f"{self.folder}: {problem}. Run the same hf-kd cache command again: it writes what is missing"
+            )
+        return arrays
+
+    def _problem(self, arrays: Mapping[str, np.ndarray], shard: Any) -> str | None:
+        """Whether a shard's arrays fit together, so that no row can be read from outside its own."""
+        names = {"sparse"} if self.manifest.fidelity == "sparse" else set(self.manifest.outputs)
+        if set(arrays) != {"keys", "starts", *names}:
+            return f"{shard.file} holds {sorted(arrays)}"
+        keys, starts = arrays["keys"], arrays["starts"]
+        if keys.dtype != np.uint8 or keys.shape != (shard.rows, KEY_BYTES):
+            return f"the keys of {shard.file} are {keys.dtype} {keys.shape}"
+        if starts.dtype != np.int64 or starts.shape != (shard.rows + 1,):
+            return f"the rows of {shard.file} are not marked"
+        if shard.rows and (starts[0] != 0 or bool((np.diff(starts) < 0).any())):
+            return f"the rows of {shard.file} are not in order"
+        if any(array.ndim < 1 or len(array) != starts[-1] for name, array in arrays.items() if name in names):
+            return f"{shard.file} has other numbers of positions than its rows"
+        for name in names if self.manifest.fidelity != "sparse" else ():
+            if list(arrays[name].shape[1:]) != self.manifest.shapes.get(name):
+                return f"{name} of {shard.file} has the shape {arrays[name].shape}"
+        return None
+
+    def _index(self) -> None:
+        """Sort all keys by their first half; the second decides where that is not enough."""
+        keys = np.concatenate([np.asarray(arrays["keys"]) for arrays in self._shards])
+        halves = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
+        order = np.lexsort((halves[:, 1], halves[:, 0]))
+        shard = np.repeat(np.arange(len(self._shards)), [len(a["keys"]) for a in self._shards])
+        row = np.concatenate([np.arange(len(a["keys"])) for a in self._shards])
+        self._hi, self._lo = halves[order, 0], halves[order, 1]
+        self._shard, self._at = shard[order], row[order]
+
+    def _find(self, keys: list[bytes]) -> list[int]:
+        """Place of each key in the index; -1 where there is none."""
+        wanted = np.frombuffer(b"".join(keys), dtype=">u8").astype(np.uint64).reshape(-1, 2)
+        first = np.searchsorted(self._hi, wanted[:, 0], side="left")
+        found = []
+        for place, (hi, lo) in zip(first.tolist(), wanted, strict=True):
+            while place < len(self._hi) and self._hi[place] == hi and self._lo[place] != lo:
+                place += 1
+            here = place < len(self._hi) and self._hi[place] == hi and self._lo[place] == lo
+            found.append(place if here else -1)
+        return found
+
+    def _row(self, key: bytes, place: int) -> Mapping[str, np.ndarray]:
+        if place < 0:
+            return self._asked[key]
+        arrays, row = self._shards[self._shard[place]], self._at[place]
+        begin, end = int(arrays["starts"][row]), int(arrays["starts"][row + 1])
+        return {name: a[begin:end] for name, a in arrays.items() if name not in ("keys", "starts")}
+
+    def _ask(
+        self, batch: Mapping[str, Any], mask: Tensor | None, keys: list[bytes], missing: list[int]
+    ) -> None:
+        assert self.live is not None
+        if not self._asked:
+            logger.warning("%s lacks rows of this data: the teacher is asked about them.", self.folder)
+        signal = ask(self.live, batch, self.manifest.fidelity)
+        for i, arrays in rows_of(signal, mask, self.manifest, keys, missing).items():
+            self._asked[keys[i]] = arrays
+
+    def _load_head(self) -> Head:
+        path, about = self.folder / HEAD_FILE, self.manifest.head or {}
+        if not path.is_file() or checksum(path) != about.get("checksum"):
+            raise CacheError(
+                f"{path} is missing or damaged: run the same hf-kd cache command again in a new folder"
+            )
+        tensors = {name: tensor.to(self.device) for name, tensor in load_file(path).items()}
+        return Head(tensors["weight"], tensors.get("bias"), about.get("softcap"), about.get("scale", 1.0))
+
+    def _why(self, row: int, view: Mapping[str, Tensor], mask: Tensor | None) -> str:
+        """Which row is missing, and what usually brings that about."""
+        name = next((n for n in ("input_ids", "decoder_input_ids") if n in view), next(iter(view)))
+        start = view[name][row].flatten()[:8].tolist()
+        reasons = []
+        if mask is not None:
+            lengths = [int(np.diff(a["starts"]).max(initial=0)) for a in self._shards]
+            length = int(mask[row].sum())
+            reasons.append(
+                f"another max_length (this row has {length} positions, the longest cached one {max(lengths)})"
+            )
+            reasons += ["another tokenizer", "tokens masked at random"]
+        if any(value.is_floating_point() for value in view.values()):
+            reasons += ["random augmentation or mixup", "another image or audio processor"]
+        reasons.append("rows that were not there when the cache was made")
+        return (
+            f"row {row} of this batch is not in the cache {self.folder} ({self.rows} rows, read by "
+            f"{', '.join(sorted(view))}): its {name} begins with {start}. Usual reasons: "
+            f"{'; '.join(reasons)}. Make the cache with this run's data, or set cache_miss='compute' to ask "
+            "the teacher."
+        )
+
+
+def ask(teacher: Teacher, batch: Mapping[str, Any], fidelity: str) -> TeacherSignal:
+    """A teacher's answer with what a fidelity stores: hidden states where it has a head, else logits.
+
+    Raises:
+        CacheError: If the fidelity is "hidden" and the teacher has no output layer that is known.
+    """
+    from ...losses.heads import UnsupportedHead, find_head, head_inputs
+    from ...losses.tiles import HiddenTeacher
+    from ..models import ModelTeacher
+
+    if fidelity == "logits" or not isinstance(teacher, ModelTeacher):
+        return teacher(batch)
+    try:
+        one = {k: v[:1] if isinstance(v, Tensor) and v.ndim > 0 else v for k, v in batch.items()}
+        spec = find_head(teacher.model, teacher.inputs(one))
+    except UnsupportedHead as error:
+        if fidelity == "hidden":
+            raise CacheError(
+                f"fidelity='hidden' is not possible: {error} Choose 'logits' or 'sparse'."
+            ) from error
+        return teacher(batch)
+    with head_inputs(spec) as captured:
+        teacher(batch)
+    return TeacherSignal(hidden=HiddenTeacher(*captured[-1]))
