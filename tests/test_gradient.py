@@ -127,7 +127,7 @@ def test_divergences(tmp_path: Path, name: str, divergence: str) -> None:
     student, teacher = models(head)
     rows = rows_of(head, 4)
     # Its other term compares the rows of a micro-batch.
-    options = {"divergence_options": {"gamma": 0}} if divergence == "dist" else {}
+    options = {"divergence_options": '{"gamma": 0}'} if divergence == "dist" else {}
     _, grads = step(
         tmp_path,
         head,

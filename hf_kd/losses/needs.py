@@ -43,11 +43,6 @@ class Needs:
     couples_rows: bool = False
     unlike_classes: bool = False
 
-    @property
-    def whole_rows(self) -> bool:
-        """Whether it reads more than any two aligned distributions, such as a teacher's top entries."""
-        return bool(self.reads) or self.unlike_classes
-
 
 def couples_rows(*, unless_zero: str) -> Callable[[_Function], _Function]:
     """Declare that the rows of a micro-batch are compared with each other, unless that option is 0."""
