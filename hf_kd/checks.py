@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .answers import answer, count, logits_of
 from .fidelity import check_sparse
 from .findings import Report
-from .loss_checks import check_coupling, check_divergence
+from .loss_checks import check_coupling, check_divergence, check_features
 from .matching import first_eval_dataset, queries_differ
 from .objective import counts_of
 from .sample import sample_batches
@@ -56,6 +56,8 @@ def inspect(
     batch = _first_batch(trainer, dataset, name, report)
     if batch is not None:
         _check_batch(trainer, batch, report, teacher_is_trained)
+        if training:
+            check_features(trainer, batch, report)
     return report
 
 

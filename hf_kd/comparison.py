@@ -13,6 +13,7 @@ from hf_kd.alignment import align_labels, label_names
 from hf_kd.behaviour import Behaviour, describe_behaviour, most_different
 from hf_kd.data.prepare import Prepared
 from hf_kd.metrics import perplexity
+from hf_kd.options import without_features
 from hf_kd.records import resolved_options
 from hf_kd.results import Arm, Latency, Results
 from hf_kd.setting import Setting, alone, wiring
@@ -117,6 +118,7 @@ def _evaluate(setting: Setting, name: str, model: PreTrainedModel) -> _Evaluatio
     """Metrics of one model, how far it is from the teacher, and what it answers."""
     changes: dict[str, Any] = {"alpha": 1.0, "alpha_end": None, "alpha_schedule": "constant"}
     changes |= {"kl_threshold": None, "output_dir": str(setting.args.folder / "evaluation")}
+    changes |= without_features()
     args = dataclasses.replace(setting.args, disable_tqdm=True, **changes)
     if name == "teacher" and setting.run.unlabelled:
         return _Evaluation({"eval_kl": 0.0, "eval_agreement": 1.0})

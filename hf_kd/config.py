@@ -23,11 +23,15 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_kd import recipes
 from hf_kd.losses.divergences import resolve_divergence
+from hf_kd.losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES
+from hf_kd.losses.named import find
 from hf_kd.losses.vectors import VECTOR_LOSSES
 from hf_kd.options import DistillationOptions, RunOptions, nearest, raise_problems
 
 # A flag for one of these drops what the YAML says about its siblings: they are ways to say the same thing.
 _ALTERNATIVES = (("teacher", "teacher_config"), ("student", "student_layers", "student_config"))
+# Options that take a function.
+_CALLABLES = ("divergence", "hidden_loss", "attention_loss")
 
 
 @dataclass
@@ -69,6 +73,11 @@ class DistillationArguments(DistillationOptions, TrainingArguments):
     def distillation_problems(self) -> list[str]:
         """The problems of the options, and of the divergence that they name."""
         found = super().distillation_problems()
+        for option, table in (("hidden_loss", HIDDEN_LOSSES), ("attention_loss", ATTENTION_LOSSES)):
+            try:
+                find(option, getattr(self, option) or "", table)
+            except ValueError as error:
+                found.append(str(error))
         divergence, options = self.divergence, self.divergence_options
         if divergence is None or divergence in ("auto", *VECTOR_LOSSES):
             if options:
@@ -84,14 +93,13 @@ class DistillationArguments(DistillationOptions, TrainingArguments):
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; a callable divergence becomes its `module:name`."""
+        """The fields as JSON values; a callable becomes its `module:name`."""
         values = super().to_dict()
-        values["divergence"] = _import_name(self.divergence)
-        return values
+        return {**values, **{name: _import_name(getattr(self, name)) for name in _CALLABLES}}
 
     def __getstate__(self) -> dict[str, Any]:
         # Trainer pickles its arguments beside each checkpoint, and a lambda cannot be pickled.
-        return {**self.__dict__, "divergence": _import_name(self.divergence)}
+        return {**self.__dict__, **{name: _import_name(getattr(self, name)) for name in _CALLABLES}}
 
 
 def _claim_cpu_ranks() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .findings import Report
 from .tasks import TEXT_ENDS, Supervision
 from .teachers.models import TEACHER_PREFIX
@@ -51,3 +53,27 @@ def check_divergence(
             f"{', '.join(needed)}, but {', '.join(absent)} are missing: hf_kd.data.unlike.encode_texts makes "
             "them.",
         )
+
+
+def check_features(trainer: DistillationTrainer, batch: dict[str, Any], report: Report) -> None:
+    """Losses on layers: what the run does not allow, and one look into both models."""
+    seen = trainer.features.seen()
+    if seen is None:
+        return
+    report.terms += trainer.features.describe()
+    option = f"{next(iter(trainer.features.weights))}_weight"
+    problems = trainer.features.problems(trainer.accelerator)
+    for text in problems:
+        report.add(option, text)
+    if problems or report.problems:
+        return
+    training = trainer.student.training
+    trainer.student.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), trainer.features.ready():
+            trainer.pair.dense(trainer.student, batch, distil=True, seen=seen)
+            trainer.features.sums(seen, batch, trainer.task.supervise_batch(batch))
+    except ValueError as error:
+        report.add(option, str(error))
+    finally:
+        trainer.student.train(training)

@@ -60,12 +60,14 @@ class Terms:
     """One micro-batch's share of the step's loss; `loss` carries the gradient, the others are for the log.
 
     `loss = ranks * ((1 - alpha) * task + alpha * kd)`, with `task` and `kd` (including `T^2`) sums over this
-    micro-batch divided by global counts; a term that is not computed is None.
+    micro-batch divided by global counts; a term that is not computed is None. Losses on layers
+    (`features.py`) are added with their weights; `features` has them by name, without.
     """
 
     loss: Tensor
     task: Tensor | None
     kd: Tensor | None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def counts_of(supervisions: list[Supervision]) -> Tensor:

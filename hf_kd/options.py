@@ -11,15 +11,19 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 SCHEDULE_NAMES = ("constant", "linear", "cosine")
 SUPERVISE_NAMES = ("auto", "all")
+LAYER_MAP_NAMES = ("auto", "even", "last", "skip")
 FUSED_NAMES = ("auto", "on", "off")
 SERVER_FORMAT_NAMES = ("vllm", "openai", "sglang", "llama.cpp")
 SPARSE_ESTIMATOR_NAMES = ("auto", "tail", "draws")
 CACHE_MISS_NAMES = ("error", "compute")
+RELATION_NAMES = ("qq", "kk", "vv")
+#: Losses on layers, each with an option `<name>_weight`.
+FEATURE_WEIGHTS = ("hidden", "attention", "relation", "embedding", "last_hidden")
 DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16", "float64")
 
 
@@ -62,6 +66,22 @@ class DistillationOptions:
     )
     supervise: str = _option("auto", "positions that are distilled: auto (the labelled ones), all")
     kl_threshold: float | None = _option(None, "stop at the evaluation whose eval_kl is not above this")
+    hidden_weight: float = _option(0.0, "weight of the loss on hidden states of paired layers")
+    hidden_loss: Callable[..., Any] | str | None = _option(
+        "normalized_mse", "normalized_mse, mse, cosine or package.module:function"
+    )
+    attention_weight: float = _option(0.0, "weight of the loss on attentions of paired layers")
+    attention_loss: Callable[..., Any] | str | None = _option(
+        "kl", "kl, mse or package.module:function; reads scores before the softmax"
+    )
+    relation_weight: float = _option(0.0, "weight of the loss on self-relations in the last paired layer")
+    relations: str = _option("vv", "which of them, comma-separated: qq, kk, vv")
+    relation_heads: int | None = _option(None, "heads that they are split into (default: the student's)")
+    embedding_weight: float = _option(0.0, "weight of hidden_loss on what the first layers read")
+    last_hidden_weight: float = _option(0.0, "weight of the cosine loss on the last hidden states")
+    layer_map: dict[str, Any] | str | None = _option(
+        "auto", """auto, even, last, skip, or student: teacher layers as JSON: '{"-1": -1}'"""
+    )
     teacher_dtype: str | None = _option(None, "dtype of the teacher (default: its checkpoint's)")
     teacher_device_map: str | None = _option(None, "device map of the teacher (default: training device)")
     teacher_cache: str | None = _option(None, "directory or Hub id of what the teacher said (hf-kd cache)")
@@ -81,6 +101,12 @@ class DistillationOptions:
     sparse_estimator: str = _option("auto", "tail of a sparse teacher: auto (measured), tail, draws")
     fused: str = _option("auto", "loss without [tokens, vocabulary] logits: auto, on, off")
     fused_chunk_mib: int = _option(256, "MiB that the fused loss may use beyond its gradients")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher has any weight at any time."""
+        weights = [getattr(self, f"{name}_weight") for name in FEATURE_WEIGHTS]
+        return self.alpha > 0 or (self.alpha_end or 0) > 0 or any(weight > 0 for weight in weights)
 
     def distillation_problems(self) -> list[str]:
         """Every problem of these options, each with the option's name, its value and the fix."""
@@ -113,7 +139,8 @@ class DistillationOptions:
         found += _mapping_problems(self, ("divergence_options",))
         if self.cache_miss == "compute" and not self.teacher_cache:
             found.append("cache_miss='compute' has no effect without teacher_cache: set it, or drop this")
-        return found + self._schedule_problems() + self._server_problems()
+        found += self._schedule_problems() + self._server_problems()
+        return found + _feature_problems(self)
 
     def _schedule_problems(self) -> list[str]:
         found = []
@@ -235,6 +262,56 @@ def as_mapping(value: Mapping[str, Any] | str | None) -> dict[str, Any]:
     if not isinstance(parsed, Mapping):
         raise ValueError(f"{value!r} is not a mapping")
     return dict(parsed)
+
+
+def without_features() -> dict[str, Any]:
+    """The options of losses on layers at their defaults, under which there are none."""
+    names = {spec.name: spec.default for spec in fields(DistillationOptions)}
+    return {name: names[name] for name in _FEATURE_OPTIONS}
+
+
+def _feature_problems(options: DistillationOptions) -> list[str]:
+    """Every problem of the losses on layers."""
+    found = []
+    weights = {name: getattr(options, f"{name}_weight") for name in FEATURE_WEIGHTS}
+    for name, weight in weights.items():
+        if not 0.0 <= weight < math.inf:
+            found.append(f"{name}_weight={weight} is not 0 or above and finite: set e.g. {name}_weight=1")
+    relations = [name.strip() for name in str(options.relations).split(",")]
+    if not set(relations) <= set(RELATION_NAMES) or len(set(relations)) < len(relations):
+        found.append(
+            f"relations={options.relations!r} is not known: use qq, kk, vv, each once, as in 'qq,kk,vv'"
+        )
+    if options.relation_heads is not None and options.relation_heads < 1:
+        found.append(f"relation_heads={options.relation_heads} is below 1: set e.g. 12, or leave it out")
+    defaults = without_features()
+    for name, users in _FEATURE_OPTIONS.items():
+        value = getattr(options, name)
+        if value != defaults[name] and users and not any(weights[user] > 0 for user in users):
+            needed = " or ".join(f"{user}_weight" for user in users)
+            found.append(
+                f"{name}={value!r} has no effect while {needed} is 0: set it above 0, or drop {name}"
+            )
+    layer_map = options.layer_map
+    if isinstance(layer_map, str) and layer_map.lstrip().startswith("{"):
+        found += _mapping_problems(options, ("layer_map",))
+    elif not isinstance(layer_map, Mapping) and layer_map not in LAYER_MAP_NAMES:
+        found.append(
+            f"layer_map={layer_map!r} is not known: use one of {', '.join(LAYER_MAP_NAMES)}, or pairs of a "
+            """student's and a teacher's layer, '{"0": 3, "-1": -1}'"""
+        )
+    return found
+
+
+# The options of losses on layers, and the weights under which each has an effect.
+_FEATURE_OPTIONS: dict[str, tuple[str, ...]] = {
+    **{f"{name}_weight": () for name in FEATURE_WEIGHTS},
+    "hidden_loss": ("hidden", "embedding"),
+    "attention_loss": ("attention",),
+    "relations": ("relation",),
+    "relation_heads": ("relation",),
+    "layer_map": ("hidden", "attention", "relation", "embedding"),
+}
 
 
 def _mapping_problems(options: object, names: tuple[str, ...]) -> list[str]:

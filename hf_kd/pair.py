@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from .answers import Answer, answer, count
+from .features import Seen
 from .fusing import Fusion, HiddenStudent
 from .projection import Projection
 from .tasks import Batch, Task
@@ -54,13 +56,16 @@ class Pair:
         values = self.task.flat(named_logits(outputs, self.task.logits), batch)
         return values if self.projection is None else self.projection(values)
 
-    def dense(self, model: nn.Module, batch: Batch, *, distil: bool) -> tuple[Any, Tensor, Answer | None]:
+    def dense(
+        self, model: nn.Module, batch: Batch, *, distil: bool, seen: Seen | None = None
+    ) -> tuple[Any, Tensor, Answer | None]:
         """Run both models.
 
         Args:
             model: The student as it is wrapped for training: gradients are synchronised and autocast there.
             batch: One batch.
             distil: Whether the teacher is asked.
+            seen: Room for what is seen inside both.
 
         Returns:
             The student's outputs, its logits `[P, C]`, and the teacher's answer for the same positions.
@@ -70,11 +75,14 @@ class Pair:
                 the fidelity of the teacher's signal.
         """
         inputs = self.inputs(batch)
-        outputs = model(**self.student_inputs(inputs))
+        with nullcontext() if seen is None else seen.on_student():
+            outputs = model(**self.student_inputs(inputs))
         student = self.positions(outputs, batch)
         if not distil or self.teacher is None:
             return outputs, student, None
-        teacher = answer(self.teacher(inputs), self.task, batch)
+        with nullcontext() if seen is None else seen.on_teacher():
+            signal = self.teacher(inputs)
+        teacher = answer(signal, self.task, batch)
         if count(teacher) != len(student):
             raise ValueError(
                 f"The student has {len(student)} positions in this batch, the teacher {count(teacher)}: the "
@@ -84,11 +92,14 @@ class Pair:
         return outputs, student, teacher
 
     def fused(
-        self, fusion: Fusion, model: nn.Module, batch: Batch, *, distil: bool
+        self, fusion: Fusion, model: nn.Module, batch: Batch, *, distil: bool, seen: Seen | None = None
     ) -> tuple[HiddenStudent, Answer | None]:
         """Run both models up to their heads: the student's hidden states `[B, L, H]`, and the answer."""
         inputs = self.inputs(batch)
-        student = fusion.run_student(lambda: model(**self.student_inputs(inputs)))
+        with nullcontext() if seen is None else seen.on_student():
+            student = fusion.run_student(lambda: model(**self.student_inputs(inputs)))
         if not distil or self.teacher is None:
             return student, None
-        return student, answer(fusion.ask(self.teacher, inputs), self.task, batch)
+        with nullcontext() if seen is None else seen.on_teacher():
+            signal = fusion.ask(self.teacher, inputs)
+        return student, answer(signal, self.task, batch)

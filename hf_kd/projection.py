@@ -1,7 +1,8 @@
-"""A trained map from the student's width to the teacher's, that never reaches the exported student.
+"""Trained maps from the student's widths to the teacher's, that never reach the exported student.
 
-While training, it is a submodule of the student: so it is in the optimizer, synchronised between ranks,
-clipped and resumed like any other parameter. It is saved in a file of its own, beside each checkpoint only.
+While training, they are a submodule of the student: so they are in the optimizer, synchronised between ranks,
+clipped and resumed like any other parameter. They are saved in a file of their own, beside each checkpoint
+only.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ class Projection(nn.Linear):
 
 
 @contextmanager
-def attached(student: nn.Module, projection: Projection | None) -> Iterator[None]:
-    """Make the projection part of the student for the duration of training."""
-    if projection is None:
+def attached(student: nn.Module, projections: nn.ModuleDict) -> Iterator[None]:
+    """Make the projections, if there are any, part of the student for the duration of training."""
+    if not projections:
         yield
         return
-    setattr(student, NAME, projection)
+    setattr(student, NAME, projections)
     try:
         yield
     finally:
@@ -51,26 +52,34 @@ def attached(student: nn.Module, projection: Projection | None) -> Iterator[None
 
 
 def without(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict without the projection's entries."""
+    """A state dict without the projections' entries."""
     return {name: value for name, value in state.items() if NAME not in name.split(".")}
 
 
-def save(projection: Projection, folder: Path) -> None:
-    """Write the projection beside a checkpoint."""
-    state = {name: value.detach().cpu().contiguous() for name, value in projection.state_dict().items()}
+def save(projections: nn.ModuleDict, folder: Path) -> None:
+    """Write the projections beside a checkpoint."""
+    state = {name: value.detach().cpu().contiguous() for name, value in projections.state_dict().items()}
     save_file(state, folder / FILE)
 
 
-def load(projection: Projection, folder: Path) -> None:
-    """Read the projection of a checkpoint.
+def load(projections: nn.ModuleDict, folder: Path) -> None:
+    """Read the projections of a checkpoint.
 
     Raises:
-        ValueError: If the checkpoint has none.
+        ValueError: If the checkpoint has none, or others.
     """
-    path = folder / FILE
+    path, wanted = folder / FILE, projections.state_dict()
     if not path.exists():
         raise ValueError(
             f"resume_from_checkpoint={str(folder)!r} has no {FILE}: it was made without a projection, but "
             "the two models' widths differ in this run. Start again in another output_dir."
         )
-    projection.load_state_dict(load_file(path))
+    state = load_file(path)
+    shapes, expected = ({k: list(v.shape) for k, v in values.items()} for values in (state, wanted))
+    if shapes != expected:
+        raise ValueError(
+            f"resume_from_checkpoint={str(folder)!r} has the projections {shapes}, this run {expected}: it "
+            "was made with other losses on layers or another layer_map. Use its options (distillation.yaml "
+            "beside it), or start again in another output_dir."
+        )
+    projections.load_state_dict(state)

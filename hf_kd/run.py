@@ -134,7 +134,7 @@ def distiller(setting: Setting) -> DistillationTrainer:
     trainer = DistillationTrainer(
         setting.student,
         setting.args,
-        teacher=setting.teacher if setting.args.alpha > 0 or (setting.args.alpha_end or 0) > 0 else None,
+        teacher=setting.teacher if setting.args.needs_teacher else None,
         task=setting.run.task,
         teacher_processing_class=setting.teacher_processor,
         **wiring(setting.data, setting.processor),

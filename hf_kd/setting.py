@@ -21,7 +21,7 @@ from hf_kd.data.processors import load_processor
 from hf_kd.data.sources import load_raw
 from hf_kd.fresh import build_model, fresh_student
 from hf_kd.loading import check_path, load_model, task_of_checkpoint
-from hf_kd.options import RunOptions, as_mapping, raise_problems
+from hf_kd.options import RunOptions, as_mapping, raise_problems, without_features
 from hf_kd.records import write_text
 from hf_kd.students import init_student
 from hf_kd.tasks import TASKS
@@ -36,6 +36,7 @@ _ALONE: dict[str, Any] = {
     "alpha_schedule": "constant",
     "kl_threshold": None,
     "push_to_hub": False,
+    **without_features(),
 }
 # Options that have no say in what a trained teacher becomes.
 _NOT_THE_TEACHERS = (

@@ -26,7 +26,8 @@ class TermLog:
     def record(self, terms: Terms, rows: Tensor | None) -> None:
         """Add one micro-batch's share of the step, with the row numbers of its data, if they are known."""
         self._window.append((terms, rows))
-        for name, value in (("loss_task", terms.task), ("loss_kd", terms.kd)):
+        features = {f"loss_{name}": value for name, value in terms.features.items()}
+        for name, value in {"loss_task": terms.task, "loss_kd": terms.kd, **features}.items():
             if value is not None:
                 self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
@@ -45,7 +46,8 @@ class TermLog:
         if not bad:
             return
         for terms, rows in window:
-            for name, value in (("task", terms.task), ("distillation", terms.kd), ("total", terms.loss)):
+            parts = {"task": terms.task, "distillation": terms.kd, **terms.features, "total": terms.loss}
+            for name, value in parts.items():
                 if value is not None and not bool(value.isfinite()):
                     where = "unknown (the data has no row numbers)" if rows is None else rows.tolist()
                     raise FloatingPointError(

@@ -21,6 +21,7 @@ from .callbacks import FiniteLossCallback, KLThresholdCallback
 from .checkpoints import restore_renamed
 from .config import DistillationArguments
 from .estimator import Estimator, settle
+from .features import Features
 from .fusing import Fusion, find_fusion, is_language_model
 from .loading import load_model
 from .matching import match_classes, match_inputs
@@ -146,6 +147,10 @@ class DistillationTrainer(Trainer):
         for note in classes.notes:
             logger.warning(note)
         self.pair = Pair(self.student, self.teacher, self.task, device=args.device)
+        self.features = Features(args, self.student, self.teacher, self.task)
+        self.projections = nn.ModuleDict(dict(self.features.projections))
+        if self.pair.projection is not None:
+            self.projections["output"] = self.pair.projection
         self._generation = Generation(
             args.predict_with_generate,
             max_length=args.generation_max_length,
@@ -170,8 +175,8 @@ class DistillationTrainer(Trainer):
 
     @property
     def distils(self) -> bool:
-        """Whether the teacher has any weight at any time; at alpha = 0 it is never called."""
-        return self.args.alpha > 0 or (self.args.alpha_end or 0) > 0
+        """Whether the teacher has any weight at any time; if not, it is never called."""
+        return self.args.needs_teacher
 
     def mix(self) -> Mix:
         """Weights and temperatures now: pure functions of progress, so a resumed run agrees."""
@@ -200,7 +205,7 @@ class DistillationTrainer(Trainer):
             FloatingPointError: When a term of the loss is not finite; names step, term and rows.
         """
         self.check(training=True)
-        with projections.attached(self.student, self.projection):
+        with projections.attached(self.student, self.projections), self.features.ready():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def check(self, *, training: bool) -> None:
@@ -221,8 +226,8 @@ class DistillationTrainer(Trainer):
             self.estimator = Estimator.load(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._restore_renamed(resume_from_checkpoint)
-        if self.projection is not None:
-            projections.load(self.projection, Path(resume_from_checkpoint))
+        if self.projections:
+            projections.load(self.projections, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -327,13 +332,14 @@ class DistillationTrainer(Trainer):
         mix, ranks = self.mix(), self.accelerator.num_processes
         outputs = None
         fusion = None if return_outputs else self.fusion_for(batch)
+        distil, seen = mix.alpha > 0 or self.features.wanted, self.features.seen()
         if fusion is not None:
-            hidden, answer = self.pair.fused(fusion, model, batch, distil=mix.alpha > 0)
+            hidden, answer = self.pair.fused(fusion, model, batch, distil=distil, seen=seen)
             terms = fusion.terms(
                 self.objective, hidden, answer, plan.supervision, counts=counts, mix=mix, ranks=ranks
             )
         else:
-            outputs, student, teacher = self.pair.dense(model, batch, distil=mix.alpha > 0)
+            outputs, student, teacher = self.pair.dense(model, batch, distil=distil, seen=seen)
             terms = self.objective(
                 student,
                 teacher,
@@ -345,6 +351,7 @@ class DistillationTrainer(Trainer):
                 task=self._custom_task_loss(outputs, batch, counts),
                 outputs=outputs,
             )
+        terms = self.features.add(terms, seen, batch, plan.supervision, counts=counts, ranks=ranks)
         if self.is_in_train and model.training:
             self.terms.record(terms, rows)
         return (terms.loss, outputs) if return_outputs else terms.loss
@@ -469,13 +476,13 @@ class DistillationTrainer(Trainer):
             write_options(folder, self)
             if _internal_call and self.estimator is not None:
                 self.estimator.save(folder)
-            if _internal_call and self.projection is not None:
-                projections.save(self.projection, folder)
+            if _internal_call and self.projections:
+                projections.save(self.projections, folder)
             if _internal_call and self.teacher is not None and self.distils:
                 write_teacher(folder / TEACHER_FILE, self.teacher.identity)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.projection is not None:
+        if self.projections:
             state_dict = projections.without(self.student.state_dict() if state_dict is None else state_dict)
         super()._save(output_dir, state_dict)
 

@@ -92,19 +92,15 @@ SECTIONS: dict[str, dict[int, Trap]] = {
         37: Trap("A teacher whose head was never trained"),
         38: Trap(
             "Layer maps that are off by one: hidden states begin with the embeddings",
-            "losses on hidden states are not part of the library yet; the copied layers are tested",
         ),
         39: Trap(
             "The last hidden state is normed in some families and not in others",
-            "losses on hidden states are not part of the library yet",
         ),
         40: Trap(
             "SDPA returns no attentions, so their loss is 0",
-            "losses on attentions are not part of the library yet",
         ),
         41: Trap(
             "Attentions compared across different numbers of heads, or as if they were logits",
-            "losses on attentions are not part of the library yet",
         ),
         42: Trap("Teacher and student with other means, sizes or features for the same image or sound"),
         43: Trap("A student cut from layers keeps their numbers: generation with a cache fails"),

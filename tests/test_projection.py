@@ -61,7 +61,7 @@ def test_widths_that_differ(tmp_path: Path, divergence: str) -> None:
     assert not torch.equal(trainer.projection.weight, torch.eye(24, 16))
     assert not any("hf_kd" in name for name, _ in trainer.model.named_parameters())
     checkpoint = tmp_path / "checkpoint-6"
-    assert set(load_file(checkpoint / "projection.safetensors")) == {"weight"}
+    assert set(load_file(checkpoint / "projection.safetensors")) == {"output.weight"}
     trainer.save_model(str(tmp_path / "final"))
     assert not (tmp_path / "final" / "projection.safetensors").exists()
     for folder in (checkpoint, tmp_path / "final"):

@@ -63,15 +63,15 @@ class Stack:
         return f"{self.config_path}.{self.fields[0]}{place}".lstrip(".")
 
 
-def find_stacks(model: PreTrainedModel) -> list[Stack]:
-    """Outermost module lists whose length is the layer count of the config they were built from."""
+def find_stacks(model: PreTrainedModel, *, least: int = 2) -> list[Stack]:
+    """Outermost module lists of `least` or more whose length is the layer count of their part's config."""
     found: dict[str, tuple[int, Stack]] = {}
     owners: list[tuple[str, PreTrainedConfig]] = []
     for path, module in model.named_modules():
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig):
             owners.append((path, config))
-    for path, module in outer_lists(model).items():
+    for path, module in outer_lists(model, least).items():
         owner = max((item for item in owners if _is_inside(path, item[0])), key=lambda item: len(item[0]))[1]
         config_path = _config_path(model.config, owner)
         if config_path is None:
@@ -100,12 +100,12 @@ def _stages(path: str, stages: nn.ModuleList, depths: Sequence[int], config_path
                 yield Stack(f"{path}.{stage}.{name}", config_path, ("depths",), len(blocks), stage)
 
 
-def outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Module lists of two or more that are in no other such list, by path."""
+def outer_lists(model: nn.Module, least: int = 2) -> dict[str, nn.ModuleList]:
+    """Module lists of `least` or more that are in no other such list, by path."""
     lists: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         nested = any(path.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and not nested:
+        if isinstance(module, nn.ModuleList) and len(module) >= least and not nested:
             lists[path] = module
     return lists
 

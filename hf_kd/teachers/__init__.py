@@ -46,12 +46,13 @@ def resolve_teacher(
         ValueError: If alpha wants a teacher and there is none, or it is something else, or the student
             itself.
     """
-    if args.teacher_cache and (args.alpha > 0 or (args.alpha_end or 0) > 0):
+    if args.teacher_cache and args.needs_teacher:
         return _from_cache(teacher, task, args, student=student, processor=processor)
     if teacher is None:
-        if args.alpha > 0 or (args.alpha_end or 0) > 0:
+        if args.needs_teacher:
             raise ValueError(
-                f"alpha={args.alpha} gives the teacher a weight, but teacher=None. Pass a teacher."
+                f"alpha={args.alpha} or a loss on layers gives the teacher a weight, but teacher=None. Pass "
+                "a teacher."
             )
         return None
     if is_address(teacher):
