@@ -97,8 +97,7 @@ class Features:
             raise ValueError(
                 f"{_named(self.weights)} compares layers, but teacher={type(teacher).__name__} gives no "
                 "hidden states or attentions: only a model in memory does. Set it to 0, or teach with the "
-                "model "
-                "itself."
+                "model itself."
             )
         self.student, self.teacher = base_model(student), base_model(teacher.model)
         self.hidden_loss = find("hidden_loss", args.hidden_loss or "", HIDDEN_LOSSES)

@@ -84,8 +84,8 @@ def layer_stacks(whole: nn.Module) -> list[LayerStack]:
         raise ValueError(
             "Losses on layers (hidden_weight, attention_weight, relation_weight, embedding_weight) need a "
             f"stack of layers, but none of the module lists of {type(model).__name__} is as long as a layer "
-            f"count "
-            "of its config (models whose layers are in stages, or shared, have none). Set these weights to 0."
+            "count of its config (models whose layers are in stages, or shared, have none). Set these "
+            "weights to 0."
         )
     stacks = []
     for stack in found:

@@ -115,8 +115,7 @@ def find_self_attention(model: nn.Module, layer: str, config: Any) -> SelfAttent
             f"attention_weight and relation_weight look for a self-attention in {layer!r} "
             f"({type(model.get_submodule(layer)).__name__}), by the names of its projections to queries, "
             f"keys and values ({', '.join(_SEPARATE['q'][:4])}, ..., or one for all, {', '.join(_THIRDS)}), "
-            f"but "
-            "find none. Set both to 0 and use hidden_weight, which every layer has."
+            "but find none. Set both to 0 and use hidden_weight, which every layer has."
         )
     owner = (joint or found["v"]).rsplit(".", 1)[0]
     module = modules.get(owner)
