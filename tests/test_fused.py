@@ -194,15 +194,17 @@ def test_any_combination_in_lower_precision(data):
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     kind, kind_options = draw(st.sampled_from(KINDS))
     problem = Problem(
-        n=draw(st.sampled_from([1, 17, 40])), v=draw(st.sampled_from([97, 301])), seed=draw(st.integers(0, 5)),
-        teacher_v=301, std=draw(st.sampled_from([0.5, 3.0])), unlabelled=draw(st.sampled_from([0.0, 0.5])),
+        n=draw(st.sampled_from([1, 17, 40])), v=draw(st.sampled_from([97, 301])),
+        seed=draw(st.integers(0, 5)), teacher_v=301, std=draw(st.sampled_from([0.5, 3.0])),
+        unlabelled=draw(st.sampled_from([0.0, 0.5])),
     )  # fmt: skip
     problem.hidden = problem.hidden.to(dtype).double()
     problem.teacher_hidden = problem.teacher_hidden.to(dtype).double()
     problem.head = cast(cast(problem.head, dtype), torch.float64)
     problem.teacher_head = cast(cast(problem.teacher_head, dtype), torch.float64)
     options = {
-        "divergence": kind, "divergence_options": kind_options, "alpha": draw(st.sampled_from([0.0, 0.5, 1.0])),
+        "divergence": kind, "divergence_options": kind_options,
+        "alpha": draw(st.sampled_from([0.0, 0.5, 1.0])),
         "temperature": draw(st.sampled_from([1.0, 1.7, 2.0, 8.0])),
         "label_smoothing": draw(st.sampled_from([0.0, 0.1])),
     }  # fmt: skip

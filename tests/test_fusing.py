@@ -153,7 +153,7 @@ def test_frozen_head(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_compiled_body(tmp_path: Path, accumulation: int) -> None:
-    """`torch.compile` of what is below the output layer leaves the fused loss and its gradient as they are."""
+    """`torch.compile` of what is below the output layer leaves the fused loss's gradient as it is."""
     head = HEADS["causal-lm"]
     student, teacher = models(head)
     student.model.compile(backend="aot_eager")  # type: ignore[operator, union-attr]
@@ -165,7 +165,7 @@ def test_compiled_body(tmp_path: Path, accumulation: int) -> None:
 
 
 def test_sharded_by_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ZeRO-3 has the output layer in pieces when the loss is computed: the dense path, or an error with why."""
+    """ZeRO-3 has the output layer in pieces when the loss is computed: dense, or an error that says so."""
     made = trainer("causal-lm", tmp_path, fused="on")
     monkeypatch.setattr(made, "is_deepspeed_enabled", True)
     with pytest.raises(ValueError, match="fused='on' is not possible: DeepSpeed .*in pieces"):
