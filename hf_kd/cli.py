@@ -26,6 +26,7 @@ hf-kd: distil a Transformers model into a small one, and see what it gained
                                        a file or a recipe; flags beat it
   hf-kd distill --teacher DIR_OR_ID --student DIR_OR_ID --dataset ID_OR_FILE
   hf-kd check ...                      the same options: load, look, train nothing
+  hf-kd cache ...                      ask the teacher once, and keep what it says for many students
   hf-kd recipes [NAME]                 list the shipped recipes, or print one
   hf-kd report DIR                     what a run found, as a table, an HTML page and Markdown with charts
   hf-kd publish DIR REPOSITORY         put the student of a run on the Hub, with its card and report
@@ -151,9 +152,59 @@ def publish_run(argv: list[str]) -> int:
     return 0
 
 
+CACHE_HELP = """\
+hf-kd cache OPTIONS [the options of a run]     ask the run's teacher about its rows, and keep what it says
+  --cache_dir DIR           where; a writer that was stopped goes on there
+  --cache_fidelity NAME     logits, hidden, sparse [auto: logits of up to 256 classes, else sparse]
+  --cache_entries N         entries a position, sparse [28]
+  --cache_bits N            bits of their log-probabilities, 8 or 16 [16]
+  --cache_dtype NAME        of logits [the teacher's] and hidden states [float16]
+  --shard_mib N             size of a file [256]
+hf-kd cache plan OPTIONS [--disk_mb N]         what each fidelity would take and lose, and a recommendation
+hf-kd cache verify DIR                         are the files as they were written
+hf-kd cache verify OPTIONS [--rows N]          and does the run's teacher say the same of some rows [64]
+hf-kd cache info DIR                           what a cache holds
+hf-kd cache push DIR REPOSITORY [--private]    upload it to a dataset repository of the Hub
+
+On several processes: accelerate launch -m hf_kd cache OPTIONS. To use it: hf-kd distill --teacher_cache DIR
+"""
+
+
+def cache(argv: list[str]) -> int:
+    """Write, plan, verify, show or upload a cache of what a teacher says."""
+    if not argv or "--help" in argv or "-h" in argv:
+        sys.stdout.write(CACHE_HELP)
+        return 0 if argv else 2
+    _quiet()
+    from hf_kd import cache_plan, caching
+
+    if argv[0] == "push":
+        return _push_cache(argv[1:])
+    commands = {"plan": cache_plan.plan, "verify": caching.verify, "info": caching.info}
+    if argv[0] in commands:
+        return commands[argv[0]](argv[1:])
+    if not argv[0].startswith("-"):
+        return _fail(f"unknown command 'cache {argv[0]}'{nearest(argv[0], (*commands, 'push'))}")
+    return caching.write(argv)
+
+
+def _push_cache(argv: list[str]) -> int:
+    given = [word for word in argv if word != "--private"]
+    if len(given) != 2:
+        return _fail("hf-kd cache push takes a folder and a repository: hf-kd cache push DIR REPOSITORY")
+    from pathlib import Path
+
+    from hf_kd.teachers.cache.card import push_cache
+
+    address = push_cache(Path(given[0]), given[1], private=True if "--private" in argv else None)
+    sys.stdout.write(f"{address}\n")
+    return 0
+
+
 COMMANDS = {
     "distill": distill,
     "check": check,
+    "cache": cache,
     "recipes": list_recipes,
     "report": make_report,
     "publish": publish_run,

@@ -117,6 +117,8 @@ def _behaviour(
 def _evaluate(setting: Setting, name: str, model: PreTrainedModel) -> _Evaluation:
     """Metrics of one model, how far it is from the teacher, and what it answers."""
     changes: dict[str, Any] = {"alpha": 1.0, "alpha_end": None, "alpha_schedule": "constant"}
+    # The teacher itself is there: its whole distribution, and not what was kept of it.
+    changes |= {"teacher_cache": None, "cache_miss": "error"}
     changes |= {"kl_threshold": None, "output_dir": str(setting.args.folder / "evaluation")}
     changes |= without_features()
     args = dataclasses.replace(setting.args, disable_tqdm=True, **changes)

@@ -54,10 +54,11 @@ class _Answers(BaseHTTPRequestHandler):
             name = f"{asked.get('organization') or 'somebody'}/{asked['name']}"
             hub.files.setdefault(name, {})
             hub.private[name] = asked.get("private") or asked.get("visibility") == "private"
-            self._say({"url": f"{hub.address}/{name}", "name": name, "id": "1"})
+            kind = "datasets/" if asked.get("type") == "dataset" else ""
+            self._say({"url": f"{hub.address}/{kind}{name}", "name": name, "id": "1"})
         elif self.path == "/api/validate-yaml":
             self._say({"warnings": [], "errors": []})
-        elif found := re.fullmatch(r"/api/models/(.+)/preupload/main", self.path):
+        elif found := re.fullmatch(r"/api/(?:models|datasets)/(.+)/preupload/main", self.path):
             asked = json.loads(body)["files"]
             have = hub.files[found[1]]
             self._say(
@@ -73,7 +74,7 @@ class _Answers(BaseHTTPRequestHandler):
                     ]
                 }
             )
-        elif found := re.fullmatch(r"/api/models/(.+)/commit/main", self.path):
+        elif found := re.fullmatch(r"/api/(?:models|datasets)/(.+)/commit/main", self.path):
             if hub.broken:
                 hub.broken -= 1
                 self._say({"error": "storage is full"}, status=403)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -48,6 +47,13 @@ def resolve_teacher(
     """
     if args.teacher_cache and args.needs_teacher:
         return _from_cache(teacher, task, args, student=student, processor=processor)
+    return _live(teacher, task, args, student=student, processor=processor)
+
+
+def _live(
+    teacher: Any, task: Task, args: DistillationArguments, *, student: nn.Module, processor: Any
+) -> Teacher | None:
+    """A teacher that is asked."""
     if teacher is None:
         if args.needs_teacher:
             raise ValueError(
@@ -94,8 +100,7 @@ def _from_cache(
     name = teacher if isinstance(teacher, str) else None
     live = None
     if teacher is not None and (name is None or args.cache_miss == "compute"):
-        uncached = dataclasses.replace(args, teacher_cache=None, cache_miss="error")
-        live = resolve_teacher(teacher, task, uncached, student=student, processor=processor)
+        live = _live(teacher, task, args, student=student, processor=processor)
     return open_cache(
         str(args.teacher_cache),
         device=args.device,

@@ -144,12 +144,14 @@ def refuse_other(folder: Path, manifest: Manifest) -> None:
         del pairs["teacher name"], pairs["teacher revision"]
     if manifest.head and there.head:
         pairs["head"] = (there.head.get("checksum"), manifest.head.get("checksum"))
-    for name, (old, new) in pairs.items():
-        if old != new:
-            raise CacheError(
-                f"{folder} was made with {name}={old!r}, this run has {name}={new!r}: choose another folder, "
-                "or the same settings"
-            )
+    differing = [
+        f"{name}: it has {old!r}, this run {new!r}" for name, (old, new) in pairs.items() if old != new
+    ]
+    if differing:
+        raise CacheError(
+            f"{folder} was made with something else than this run asks for ({'; '.join(differing)}): choose "
+            "another folder, or the same settings"
+        )
 
 
 def known_keys(folder: Path, shards: list[Shard]) -> set[bytes]:

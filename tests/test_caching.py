@@ -1,0 +1,266 @@
+"""`hf-kd cache` from the command line: written, looked at, checked, planned, uploaded, and trained from."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from hf_kd import cli
+from hf_kd.cache_plan import Estimate, recommend
+from hf_kd.data.processors import train_tokenizer
+from hf_kd.results import Results
+from hf_kd.teachers.models import ModelTeacher
+
+from .hub import hub
+
+ROOT = Path(__file__).parent.parent
+WORDS = "the film was good bad dull fine plot and actors are great or poor in every scene of it".split()
+TINY = (
+    "--use_cpu --disable_tqdm --per_device_train_batch_size 4 --per_device_eval_batch_size 3 --report_to none"
+)
+
+
+def sentences(count):
+    return [" ".join(WORDS[(i * 7 + j * 3) % len(WORDS)] for j in range(3 + i % 5)) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A classifier and a causal model, each with data."""
+    folder = tmp_path_factory.mktemp("texts")
+    torch.manual_seed(0)
+    rows = [f"{text},{i % 2}" for i, text in enumerate(sentences(24))]
+    (folder / "train.csv").write_text("text,label\n" + "\n".join(rows[:16]) + "\n")
+    (folder / "eval.csv").write_text("text,label\n" + "\n".join(rows[16:]) + "\n")
+    (folder / "text.txt").write_text("\n".join(sentences(120)) + "\n")
+    train_tokenizer(WORDS, 300, task="sequence-classification").save_pretrained(folder / "bert")
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=300, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}, **small)
+    BertForSequenceClassification(config).save_pretrained(folder / "bert")
+    train_tokenizer(WORDS, 300, task="sequence-classification").save_pretrained(folder / "masked")
+    BertForMaskedLM(BertConfig(vocab_size=300, **small)).save_pretrained(folder / "masked")
+    train_tokenizer(WORDS, 300).save_pretrained(folder / "llama")
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, max_position_embeddings=64, **small)).save_pretrained(
+        folder / "llama"
+    )
+    return folder
+
+
+def classifier(texts, *more):
+    files = ["--dataset", str(texts / "train.csv"), "--eval_file", str(texts / "eval.csv")]
+    return ["--teacher", str(texts / "bert"), "--student_layers", "1", *files, *TINY.split(), *map(str, more)]
+
+
+def language(texts, *more):
+    data = ["--dataset", str(texts / "text.txt"), "--task", "causal-lm", "--max_length", "16"]
+    own = ["--teacher", str(texts / "llama"), "--student_layers", "1", "--temperature", "1"]
+    return [*own, *data, *TINY.split(), *map(str, more)]
+
+
+@pytest.fixture
+def silent_teacher(monkeypatch):
+    """After this is called, nobody may ask a model for its logits as a teacher."""
+
+    def silence():
+        def refuse(self, batch):
+            raise AssertionError("the teacher was asked")
+
+        monkeypatch.setattr(ModelTeacher, "__call__", refuse)
+
+    return silence
+
+
+def losses(folder):
+    found = Results.read(folder / "results.json").training
+    return [row["loss_kd"] for row in found if "loss_kd" in row]
+
+
+def test_a_run_from_the_cache_has_the_losses_of_the_live_run(texts, tmp_path, capsys):
+    """Trap 45: two epochs, shuffled; the same losses step by step, and the same table."""
+    cache = tmp_path / "cache"
+    assert cli.main(["cache", *classifier(texts), "--cache_dir", str(cache)]) == 0
+    said = capsys.readouterr().out
+    assert "logits (float32)" in said and "24 in 1 shards" in said
+    run = ["--num_train_epochs", "2", "--logging_steps", "1", "--warmup_steps", "0"]
+    for name, more in {"live": [], "read": ["--teacher_cache", cache]}.items():
+        assert (
+            cli.main(["distill", *classifier(texts, *run, *more), "--output_dir", str(tmp_path / name)]) == 0
+        )
+    assert losses(tmp_path / "read") == pytest.approx(losses(tmp_path / "live"), rel=1e-5)
+    assert len(losses(tmp_path / "read")) == 8
+    tables = [Results.read(tmp_path / name / "results.json").arms["student"] for name in ("live", "read")]
+    assert tables[0].eval_kl == pytest.approx(tables[1].eval_kl, rel=1e-4)
+
+
+def test_training_from_the_cache_never_asks_the_teacher(texts, tmp_path, silent_teacher):
+    from hf_kd import DistillationArguments, DistillationTrainer, init_student
+    from hf_kd.config import parse
+    from hf_kd.setting import load, wiring
+
+    cache = tmp_path / "cache"
+    assert cli.main(["cache", *classifier(texts), "--cache_dir", str(cache)]) == 0
+    setting = load(*parse(classifier(texts, "--output_dir", tmp_path / "out")))
+    args = DistillationArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=3,
+        use_cpu=True,
+        disable_tqdm=True,
+        teacher_cache=str(cache),
+    )
+    silent_teacher()
+    # The name alone is compared: the weights are never loaded.
+    trainer = DistillationTrainer(
+        init_student(setting.teacher, num_layers=1),
+        args,
+        teacher=str(texts / "bert"),
+        task="sequence-classification",
+        **wiring(setting.data, setting.processor),
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_kl"] > 0
+    assert trainer.state.global_step == 3
+
+
+def test_a_language_model_is_cached_sparse_or_hidden_and_trained_from_either(texts, tmp_path, capsys):
+    for fidelity, entries in (("sparse", 12), ("hidden", 28)):
+        cache = tmp_path / fidelity
+        own = ["--cache_dir", str(cache), "--cache_fidelity", fidelity, "--cache_entries", str(entries)]
+        assert cli.main(["cache", *language(texts), *own]) == 0
+        assert fidelity in capsys.readouterr().out
+        assert cli.main(["cache", "verify", *language(texts), "--cache_dir", str(cache), "--rows", "8"]) == 0
+        assert "rows computed again" in capsys.readouterr().out
+        more = ["--max_steps", "2", "--teacher_cache", cache, "--control", "false", "--warmup_steps", "0"]
+        assert (
+            cli.main(["distill", *language(texts, *more), "--output_dir", str(tmp_path / f"{fidelity}-out")])
+            == 0
+        )
+        # The table is made with the teacher itself, so it has the whole KL.
+        assert Results.read(tmp_path / f"{fidelity}-out" / "results.json").arms["student"].eval_kl > 0
+
+
+def test_another_teacher_than_the_caches_is_refused_with_both_named(texts, tmp_path, capsys):
+    """Trap 49."""
+    cache = tmp_path / "cache"
+    assert cli.main(["cache", *classifier(texts), "--cache_dir", str(cache)]) == 0
+    torch.manual_seed(5)
+    other = tmp_path / "other"
+    train_tokenizer(WORDS, 300, task="sequence-classification").save_pretrained(other)
+    config = BertConfig.from_pretrained(texts / "bert")
+    BertForSequenceClassification(config).save_pretrained(other)
+    arguments = classifier(texts, "--teacher_cache", cache, "--output_dir", tmp_path / "out")
+    arguments[1] = str(other)
+    capsys.readouterr()
+    assert cli.main(["distill", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert "teacher weights: the cache has" in said
+    # and another writer may not mix its answers in
+    arguments = classifier(texts, "--cache_dir", cache)
+    arguments[1] = str(other)
+    assert cli.main(["cache", *arguments]) == 2
+    assert "teacher fingerprint" in capsys.readouterr().err
+
+
+def test_random_masks_are_refused_and_the_columns_named(texts, tmp_path, capsys):
+    """Trap 46."""
+    own = ["--teacher", str(texts / "masked"), "--student_layers", "1", "--task", "masked-lm"]
+    data = ["--dataset", str(texts / "text.txt"), "--max_length", "16", *TINY.split()]
+    assert cli.main(["cache", *own, *data, "--cache_dir", str(tmp_path / "cache")]) == 2
+    said = capsys.readouterr().err
+    assert "['input_ids', 'labels']" in said and "random masking" in said
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+
+
+def test_plan_compares_the_fidelities_and_recommends_what_fits(texts, capsys):
+    assert cli.main(["cache", "plan", *language(texts), "--disk_mb", "1000"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("logits", "hidden", "sparse", "KL error"))
+    assert "Recommended within 1,000 MB: --cache_fidelity hidden" in said
+    assert cli.main(["cache", "plan", *language(texts), "--disk_mb", "0.000001"]) == 0
+    assert "Nothing fits" in capsys.readouterr().out
+
+
+def test_a_recommendation_is_the_smallest_faithful_one_that_fits():
+    logits = Estimate("logits", 600, 600.0, 1, 0.0, 0.0)
+    hidden = Estimate("hidden", 32, 32.0, 1, 1e-9, 0.1)
+    sparse = Estimate("sparse", 20, 20.0, 1, 1e-8, 12.0)
+    assert recommend([logits, hidden, sparse], 1000.0) is hidden
+    assert recommend([logits, hidden, sparse], 25.0) is sparse
+    assert recommend([logits, hidden, sparse], 1.0) is None
+
+
+def test_verify_finds_a_flipped_bit_and_writing_again_mends_it(texts, tmp_path, capsys):
+    """Trap 48."""
+    cache = tmp_path / "cache"
+    command = ["cache", *classifier(texts), "--cache_dir", str(cache)]
+    assert cli.main(command) == 0
+    shard = next(cache.glob("*.safetensors"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    assert cli.main(["cache", "verify", str(cache)]) == 1
+    assert "another checksum" in capsys.readouterr().out
+    assert cli.main(command) == 0
+    assert shard.read_bytes() == whole
+    assert cli.main(["cache", "verify", str(cache)]) == 0
+
+
+def test_two_ranks_write_one_cache(texts, tmp_path):
+    cache = tmp_path / "cache"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    launch += [str(ROOT / "hf_kd" / "accelerate" / "cpu2.yaml"), "-m", "hf_kd", "cache"]
+    done = subprocess.run(
+        [*launch, *classifier(texts), "--cache_dir", str(cache)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [
+        sum(shard["rows"] for shard in json.loads(path.read_text())["shards"])
+        for path in sorted(cache.glob("shards-*.json"))
+    ]
+    assert len(rows) == 2 and min(rows) > 0 and sum(rows) >= 24
+    assert cli.main(["distill", *classifier(texts, "--teacher_cache", cache, "--max_steps", "2"),
+                     "--output_dir", str(tmp_path / "out")]) == 0  # fmt: skip
+
+
+def test_a_cache_is_uploaded_as_a_dataset(texts, tmp_path):
+    cache = tmp_path / "cache"
+    assert cli.main(["cache", *classifier(texts), "--cache_dir", str(cache)]) == 0
+    with hub() as server:
+        env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+        env |= {"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_x", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "hf_kd", "cache", "push", str(cache), "said"]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        files = server.files["somebody/said"]
+    assert {"manifest.json", "README.md", "shards-00000.json"} <= files.keys()
+    assert any(name.endswith(".safetensors") for name in files) and ".lock" not in files
+    assert str(tmp_path) not in files["README.md"]["content"].decode()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "needs a folder: --cache_dir DIR"),
+        (["--cache_dir", "x", "--cache_entries", "0"], "cache_entries=0 is below 1"),
+        (["--cache_dir", "x", "--teacher_cache", "y"], "is for runs that read a cache"),
+    ],
+)
+def test_wrong_options_are_named(texts, arguments, said, capsys):
+    assert cli.main(["cache", *classifier(texts), *arguments]) == 2
+    assert said in capsys.readouterr().err
