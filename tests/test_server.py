@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from hf_kd import DistillationArguments, DistillationTrainer
 from hf_kd.options import SERVER_FORMAT_NAMES, DistillationOptions
 from hf_kd.teachers import transport
 from hf_kd.teachers.server import ServedTeacher, is_address, spelling_of
-from hf_kd.teachers.signal import SparseSignal
+from hf_kd.teachers.signal import SparseSignal, TeacherSignal
 from hf_kd.teachers.transport import ServerError, Transport, backoff, retry_after
 from hf_kd.teachers.wire import WIRE_FORMATS
 from tests.served import VOCABULARY, Served, serving, tiny_llama
@@ -487,3 +488,98 @@ def test_options_out_of_range(options: Any, message: str) -> None:
 
 def test_formats_have_one_list_of_names() -> None:
     assert tuple(WIRE_FORMATS) == SERVER_FORMAT_NAMES
+
+
+# ---- a run ----
+
+
+class LocalSparse:
+    """The same teacher in memory, as a few entries per position."""
+
+    columns = ("input_ids", "attention_mask")
+
+    def __init__(self, model: Any, k: int) -> None:
+        self.model, self.k = model, k
+        self.identity = {"name": "tiny", "revision": "", "fingerprint": "local"}
+
+    @torch.no_grad()
+    def __call__(self, given: Any) -> TeacherSignal:
+        logits = self.model(
+            input_ids=given["input_ids"], attention_mask=given["attention_mask"]
+        ).logits.double()
+        top = logits.log_softmax(-1).topk(self.k)
+        tail = torch.log1p(-top.values.exp().sum(-1))
+        return TeacherSignal(sparse=SparseSignal(top.indices, top.values.float(), tail.float()))
+
+
+def rows_of_text() -> Dataset:
+    generator = torch.Generator().manual_seed(1)
+    lengths = [7, 4, 9, 2, 6, 8, 3, 5]
+    ids = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+    return Dataset.from_dict({"input_ids": ids})
+
+
+def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    tensors = [torch.tensor(row["input_ids"]) for row in features]
+    ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tensors], batch_first=True)
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def run(
+    teacher: Any, folder: Path, **options: Any
+) -> tuple[list[float], dict[str, torch.Tensor], dict[str, float]]:
+    settings: dict[str, Any] = {
+        "alpha": 0.7,
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "server_top_k": 6,
+        "disable_tqdm": True,
+    }
+    args = arguments(folder, **{**settings, **options})
+    trainer = DistillationTrainer(
+        tiny_llama(5), args, teacher=teacher, train_dataset=rows_of_text(), eval_dataset=rows_of_text(),
+        data_collator=collate,
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
+    return losses, weights, trainer.evaluate()
+
+
+def test_a_run_is_that_of_the_same_teacher_in_memory(server: Any, model: Any, tmp_path: Path) -> None:
+    """Trap 33: losses, weights and evaluation, over shuffled epochs, padding, accumulation, and faults."""
+    url, served = server
+    served.faults = [500, "drop", 429]
+    far = run(url, tmp_path / "far")
+    near = run(LocalSparse(model, 6), tmp_path / "near")
+    assert len(far[0]) == 6
+    assert far[0] == pytest.approx(near[0], rel=1e-5)
+    for name, value in near[1].items():
+        torch.testing.assert_close(far[1][name], value, atol=1e-4, rtol=1e-3)
+    for name in ("eval_kl_tail", "eval_loss", "eval_agreement"):
+        assert far[2][name] == pytest.approx(near[2][name], rel=1e-4)
+    wrong = run(LocalSparse(tiny_llama(9), 6), tmp_path / "wrong")
+    assert far[0] != pytest.approx(wrong[0], rel=1e-2)
+
+
+def test_nothing_of_the_key_is_written(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints, options and logs of a run name the variable, and no more."""
+    monkeypatch.setenv("MY_KEY", SECRET)
+    run(server[0], tmp_path, server_api_key_env="MY_KEY", save_strategy="steps", save_steps=3)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "distillation.yaml" for path in written)
+    assert not [path for path in written if SECRET.encode() in path.read_bytes()]
+    assert all(headers["Authorization"] == f"Bearer {SECRET}" for _, headers, _ in server[1].requests)
+
+
+def test_a_run_stops_at_a_lie(server: Any, tmp_path: Path) -> None:
+    """Trap 48: never a silent fallback to the task loss."""
+    url, served = server
+    served.faults = [None] * 6 + [vllm(lambda e, c: c["prompt_logprobs"].pop())] * 8
+    with pytest.raises(ServerError, match="was asked for"):
+        run(url, tmp_path)
