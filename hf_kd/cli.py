@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_kd import recipes
-from hf_kd.options import DistillationOptions, RunOptions, nearest
+from hf_kd.options import DistillationOptions, GenerateOptions, RunOptions, nearest
 
 OVERVIEW = """\
 hf-kd: distil a Transformers model into a small one, and see what it gained
@@ -28,6 +28,8 @@ hf-kd: distil a Transformers model into a small one, and see what it gained
   hf-kd check ...                      the same options: load, look, train nothing
   hf-kd cache ...                      ask the teacher once, and keep what it says for many students
   hf-kd recipes [NAME]                 list the shipped recipes, or print one
+  hf-kd generate --teacher DIR_OR_ID --output_dir DIR --dataset PROMPTS
+                                       text that a teacher samples, with what it thought of each token
   hf-kd report DIR                     what a run found, as a table, an HTML page and Markdown with charts
   hf-kd publish DIR REPOSITORY         put the student of a run on the Hub, with its card and report
   hf-kd distill --help                 the options
@@ -106,6 +108,22 @@ def list_recipes(argv: list[str]) -> int:
     for name in recipes.names():
         sys.stdout.write(f"{name:<{width}}  {recipes.summary(name)}\n")
     sys.stdout.write("\nhf-kd recipes NAME prints one, hf-kd distill --config NAME runs it\n")
+    return 0
+
+
+def generate(argv: list[str]) -> int:
+    """Sample text from a teacher, with its signal."""
+    if "--help" in argv or "-h" in argv or not argv:
+        lines = ["usage: hf-kd generate [--config FILE] [--OPTION VALUE ...]     (flags beat the file)", ""]
+        sys.stdout.write("\n".join([*lines, *_option_lines(GenerateOptions)]) + "\n")
+        return 0
+    _quiet()
+    from hf_kd.config import parse_one
+    from hf_kd.generate import generate as run
+
+    folder = run(parse_one(GenerateOptions, argv))
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(f"{folder}\n")
     return 0
 
 
@@ -206,6 +224,7 @@ COMMANDS = {
     "check": check,
     "cache": cache,
     "recipes": list_recipes,
+    "generate": generate,
     "report": make_report,
     "publish": publish_run,
 }

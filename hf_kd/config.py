@@ -118,13 +118,16 @@ def _import_name(value: Any) -> Any:
     return f"{getattr(named, '__module__', '?')}:{getattr(named, '__qualname__', type(named).__qualname__)}"
 
 
-class _Parser(HfArgumentParser):
-    """Reads both dataclasses; raises instead of printing two screens of usage."""
+_Options = typing.TypeVar("_Options")
 
-    def __init__(self) -> None:
-        read: Any = [RunOptions, DistillationArguments]
-        super().__init__(read, prog="hf-kd distill", allow_abbrev=False, add_help=False)
-        hints = {**typing.get_type_hints(RunOptions), **typing.get_type_hints(DistillationArguments)}
+
+class _Parser(HfArgumentParser):
+    """Reads dataclasses, those of a run if none is named; raises instead of printing two screens of usage."""
+
+    def __init__(self, *classes: type) -> None:
+        read: Any = list(classes or (RunOptions, DistillationArguments))
+        super().__init__(read, prog="hf-kd", allow_abbrev=False, add_help=False)
+        hints = {name: hint for cls in read for name, hint in typing.get_type_hints(cls).items()}
         self.names: dict[str, Action] = {}
         self.hints: dict[str, tuple[Any, ...]] = {}
         for action in self._actions:
@@ -181,6 +184,23 @@ def parse(argv: Sequence[str]) -> tuple[RunOptions, DistillationArguments]:
     namespace, unknown = parser.parse_known_args(flags)
     _refuse_unknown(parser, unknown)
     return _build(vars(namespace))
+
+
+def parse_one(cls: type[_Options], argv: Sequence[str]) -> _Options:
+    """Turn `--config FILE` and flags into one dataclass with a `validate` method; flags beat the file.
+
+    Raises:
+        ValueError: an unknown flag or key, a value of another type, or options that contradict each other.
+    """
+    parser = _Parser(cls)
+    config, flags = _take_config(argv)
+    if config is not None:
+        parser.set_defaults(**_read_yaml(parser, config))
+    namespace, unknown = parser.parse_known_args(flags)
+    _refuse_unknown(parser, unknown)
+    made: Any = cls(**vars(namespace))
+    made.validate()
+    return made
 
 
 def _build(values: dict[str, Any]) -> tuple[RunOptions, DistillationArguments]:

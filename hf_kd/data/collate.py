@@ -72,7 +72,7 @@ class PaddingCollator:
         return _FILL.get(base, 0)
 
     def _is_left(self, name: str) -> bool:
-        own_side = self.labels_right and name in ("labels", "decoder_input_ids")
+        own_side = self.labels_right and name in ("labels", "decoder_input_ids", "decoder_attention_mask")
         return not own_side and getattr(self._owner(name), "padding_side", "right") == "left"
 
 

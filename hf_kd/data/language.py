@@ -3,20 +3,65 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from itertools import chain
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling
 
 from hf_kd.data.mapping import Context, cached_map, row_length
+from hf_kd.options import RunOptions
 
 _TARGET_LENGTH = 128
 
 
+#: Columns of rows that are tokens already, as `hf-kd generate` writes them.
+TOKENS = ("input_ids", "labels")
+
+
+def are_tokens(rows: Dataset, options: RunOptions, task: str) -> bool:
+    """Whether rows are taken as they are: they have tokens and labels, and no column of text is asked for."""
+    generated = task in ("causal-lm", "seq2seq-lm") and set(TOKENS) <= set(rows.column_names)
+    return generated and options.text_columns is None
+
+
+def ready_rows(rows: Dataset, context: Context) -> Dataset:
+    """Rows of tokens, untouched: each is what its teacher sampled, and is known to a cache by its content.
+
+    Raises:
+        ValueError: If a row is longer than model or `max_length` allow, or has tokens that are unknown.
+    """
+    _refuse_other_tokens(context)
+    limit = row_length(context, sys.maxsize)
+    size = max(len(context.processor), getattr(context.config, "vocab_size", 0) or 0)
+    kept = rows.select_columns(list(TOKENS))
+    for name in TOKENS:
+        lists = pc.list_value_length(kept.data.column(name))
+        longest = pc.max(lists).as_py() or 0
+        largest = pc.max(pc.list_flatten(kept.data.column(name))).as_py() or 0
+        if longest > limit:
+            raise ValueError(
+                f"dataset: its rows have up to {longest} {name}, and model and max_length take {limit}: "
+                "generate shorter rows (max_new_tokens, max_prompt_length), or raise max_length"
+            )
+        if largest >= size:
+            raise ValueError(
+                f"dataset: its {name} go up to {largest}, and the student's vocabulary has {size} tokens: "
+                "use the tokenizer that the data was made with"
+            )
+    if context.task == "causal-lm":
+        return kept
+    # Says how long each answer is, whatever fills up the batch.
+    return kept.add_column("decoder_attention_mask", [[1] * len(labels) for labels in kept["labels"]])
+
+
 def causal_rows(rows: Dataset, context: Context) -> Dataset:
     """Texts one after another, each ended by the end token, cut into rows of `max_length` tokens."""
+    if are_tokens(rows, context.options, context.task):
+        return ready_rows(rows, context)
     end = context.processor.eos_token_id
 
     def prepare(batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -76,6 +121,8 @@ def masked_rows(rows: Dataset, context: Context, *, masked: bool) -> Dataset:
 
 def pair_rows(rows: Dataset, context: Context) -> Dataset:
     """A text and the text to be made of it, cut to `max_length` and 128 tokens (or `max_length`, if less)."""
+    if are_tokens(rows, context.options, context.task):
+        return ready_rows(rows, context)
     _refuse_other_tokens(context)
     if context.label_column is None:
         raise ValueError(

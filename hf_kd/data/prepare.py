@@ -13,7 +13,7 @@ from hf_kd.data.collate import CausalCollator, MaskingCollator, PaddingCollator
 from hf_kd.data.columns import input_columns, label_column
 from hf_kd.data.images import audio_rows, image_rows
 from hf_kd.data.labels import describe_labels
-from hf_kd.data.language import causal_rows, masked_rows, pair_rows
+from hf_kd.data.language import are_tokens, causal_rows, masked_rows, pair_rows
 from hf_kd.data.mapping import Context, row_length
 from hf_kd.data.processors import treat_alike
 from hf_kd.data.spans import allowed_tokens, question_rows
@@ -93,14 +93,15 @@ def prepare(
         )
     options = replace(options, task=task)
     processor, teacher_processor = _own_processors(processor, teacher_processor)
+    tokens = are_tokens(raw["train"], options, task)
     context = Context(
         options=options,
         task=task,
         processor=processor,
         teacher_processor=teacher_processor,
         config=config,
-        inputs=input_columns(raw["train"], options, task),
-        label_column=label_column(raw["train"], options, task),
+        inputs=["input_ids"] if tokens else input_columns(raw["train"], options, task),
+        label_column="labels" if tokens else label_column(raw["train"], options, task),
         labels=describe_labels(raw, options),
     )
     splits = {name: _prepare_split(raw[name], name, context) for name in raw}

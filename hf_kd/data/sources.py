@@ -70,6 +70,15 @@ def load_raw(options: RunOptions) -> DatasetDict:
     return chosen
 
 
+def load_split(options: RunOptions, name: str) -> Dataset:
+    """One split of what `options.dataset` names, whole.
+
+    Raises:
+        ValueError: If the data cannot be found or read, or has no such split.
+    """
+    return _split(_load(options), name, "split", options)
+
+
 def _load(options: RunOptions) -> dict[str, Dataset]:
     """All splits there are, by their own names."""
     name = options.dataset or ""
