@@ -237,7 +237,7 @@ def _check_models_on(
         )
         return None
     if isinstance(given, SparseSignal):
-        check_sparse(trainer, given, student.shape[-1], report)
+        check_sparse(trainer, given, supervision.kd_weight, student.shape[-1], report)
         return None
     teacher = logits_of(given)
     z, t = trainer.objective.classes.student(student), trainer.objective.classes.teacher(teacher)

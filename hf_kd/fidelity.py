@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .teachers.signal import SparseSignal
@@ -26,17 +27,28 @@ MERGEABLE = (
 )
 
 
-def check_sparse(trainer: DistillationTrainer, signal: SparseSignal, classes: int, report: Report) -> None:
+def check_sparse(
+    trainer: DistillationTrainer, signal: SparseSignal, weight: Tensor, classes: int, report: Report
+) -> None:
     """Add every option that a sparse signal can't serve to the report.
 
     Args:
         trainer: The run.
         signal: The teacher's answer to the first batch.
+        weight: `[P]` how much each position counts.
         classes: The student's.
         report: Where problems go.
     """
     args, objective = trainer.args, trainer.objective
     report.sparse = True
+    kept = -torch.expm1(signal.log_tail.double()[weight > 0]).mean()
+    report.facts.append(
+        (
+            "teacher's signal",
+            f"sparse, {signal.ids.shape[-1]} entries at T = {signal.temperature:g}, "
+            f"{'with' if signal.has_draws else 'without'} draws; its mass on the certain ones {kept:.3g}",
+        )
+    )
     name = objective.divergence_name or getattr(objective.divergence, "__name__", "the given function")
     if name not in MERGEABLE:
         report.add(
@@ -52,25 +64,7 @@ def check_sparse(trainer: DistillationTrainer, signal: SparseSignal, classes: in
                 f"{signal.temperature:g}, and a few entries can't be brought to another one. Set "
                 f"{option}={signal.temperature:g}, or make the signal at {value:g}.",
             )
-    if args.sparse_estimator == "draws" and not signal.has_draws:
-        report.add(
-            "sparse_estimator",
-            "sparse_estimator='draws', but the teacher's sparse signal has no draws from the tail; set "
-            "sparse_estimator='tail', or store draws.",
-        )
-    if args.sparse_estimator == "draws" and name != "forward_kl":
-        report.add(
-            "sparse_estimator",
-            f"sparse_estimator='draws' has no unbiased estimate of divergence={name!r}; set "
-            "divergence='forward_kl', or sparse_estimator='tail'.",
-        )
-    whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-    if args.sparse_estimator == "auto" and signal.has_draws and name == "forward_kl" and not whole:
-        report.add(
-            "sparse_estimator",
-            "sparse_estimator='auto' measures gradients of whole parameters, which FSDP and DeepSpeed keep "
-            "in pieces; set sparse_estimator='draws' (a student far from its teacher) or 'tail'.",
-        )
+    _check_estimator(trainer, signal, weight, name, report)
     if args.kl_threshold is not None:
         report.add(
             "kl_threshold",
@@ -94,6 +88,40 @@ def _temperatures(trainer: DistillationTrainer) -> dict[str, float]:
         return {"teacher_temperature": args.teacher_temperature}
     end = {} if args.temperature_end is None else {"temperature_end": args.temperature_end}
     return {"temperature": args.temperature, **end}
+
+
+def _check_estimator(
+    trainer: DistillationTrainer, signal: SparseSignal, weight: Tensor, divergence: str, report: Report
+) -> None:
+    """Whether the tail can be read as the option says."""
+    wanted = trainer.args.sparse_estimator
+    if wanted == "draws" and not signal.has_draws:
+        report.add(
+            "sparse_estimator",
+            "sparse_estimator='draws', but the teacher's sparse signal has no draws from the tail; set "
+            "sparse_estimator='tail', or store draws.",
+        )
+    if wanted == "draws" and divergence != "forward_kl":
+        report.add(
+            "sparse_estimator",
+            f"sparse_estimator='draws' has no unbiased estimate of divergence={divergence!r}; set "
+            "divergence='forward_kl', or sparse_estimator='tail'.",
+        )
+    if wanted == "tail" or signal.log_tau is None or divergence != "forward_kl":
+        return
+    if wanted == "auto" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        report.add(
+            "sparse_estimator",
+            "sparse_estimator='auto' measures gradients of whole parameters, which FSDP and DeepSpeed keep "
+            "in pieces; set sparse_estimator='draws' (a student far from its teacher) or 'tail'.",
+        )
+    unseen = torch.isneginf(signal.log_tau) & ~torch.isneginf(signal.log_tail)
+    if bool((unseen & (weight > 0)).any()):
+        report.add(
+            "sparse_estimator",
+            f"sparse_estimator={wanted!r}, but the teacher's sparse signal has positions with a tail of "
+            "which nothing was drawn (log_tau is -inf there); set sparse_estimator='tail'.",
+        )
 
 
 def _check_ids(trainer: DistillationTrainer, signal: SparseSignal, classes: int, report: Report) -> None:

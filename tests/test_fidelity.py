@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_kd import DIVERGENCES, DistillationTrainer, SparseSignal, TeacherSignal
+from hf_kd import DIVERGENCES, DistillationTrainer, SparseSignal, TeacherSignal, checks
 from hf_kd.alignment import ClassMap
 from hf_kd.answers import fidelity_obstacle
 from hf_kd.fidelity import MERGEABLE
@@ -321,6 +321,14 @@ def test_refused(tmp_path: Path, options: dict[str, Any], entries: int | None, m
     assert message in problems(made)
 
 
+def test_what_the_checks_say(tmp_path: Path) -> None:
+    """`hf-kd check` shows what a sparse teacher gives, and how much of its mass is known class by class."""
+    made = trainer(tmp_path, "causal-lm", lambda m: FidelityTeacher(sharp(m), "sparse", entries=12))
+    facts = dict(checks.inspect(made).facts)
+    assert "entries at T = 2, with draws" in facts["teacher's signal"]
+    assert 0.1 < float(facts["teacher's signal"].split()[-1]) < 1
+
+
 def test_an_own_divergence_is_refused(tmp_path: Path) -> None:
     """Nobody knows whether a function of the user's may be taken on merged classes."""
 
@@ -343,6 +351,23 @@ def test_ids_beyond_the_student(tmp_path: Path) -> None:
 
     made = trainer(tmp_path, "causal-lm", lambda m: Shifted(m, "sparse", entries=5))
     assert "the student has 37 classes" in problems(made)
+
+
+@pytest.mark.parametrize("estimator", ["auto", "draws"])
+def test_a_tail_that_was_not_drawn_from(tmp_path: Path, estimator: str) -> None:
+    """Trap 12: the likeliest entries alone are no sample, even if there is a place for a threshold."""
+
+    class Top(FidelityTeacher):
+        def __call__(self, batch: Any) -> TeacherSignal:
+            sparse = super().__call__(batch).sparse
+            return TeacherSignal(sparse=replace(sparse, log_tau=torch.full_like(sparse.log_tail, -torch.inf)))
+
+    def top(model: nn.Module) -> Any:
+        return Top(model, "sparse", entries=12)
+
+    text = problems(trainer(tmp_path, "causal-lm", top, sparse_estimator=estimator))
+    assert "nothing was drawn (log_tau is -inf there); set sparse_estimator='tail'" in text
+    trainer(tmp_path, "causal-lm", top, sparse_estimator="tail", max_steps=1).train()
 
 
 def test_hidden_teacher_of_other_positions(tmp_path: Path) -> None:
