@@ -537,3 +537,28 @@ def test_datasets_reads_each_folder_anew(tmp_path: Path, causal: Path) -> None:
     """Two folders of one name are two data sets, though `datasets` keeps copies by name."""
     for count in (2, 4):
         assert len(rows(generate(options(causal, tmp_path / str(count) / "out", num_rows=count)))) == count
+
+
+def test_the_command_line_from_prompts_to_student(causal: Path, tmp_path: Path, prompts: Path) -> None:
+    """`generate`, then `distill --dataset DIR --teacher_cache DIR`, no labels: a student and its results."""
+    out, student = str(tmp_path / "out"), tmp_path / "student"
+    small = "--max_new_tokens 6 --max_prompt_length 16 --batch_size 4 --shard_rows 8".split()
+    made = [
+        "--teacher",
+        str(causal),
+        "--output_dir",
+        out,
+        "--dataset",
+        str(prompts),
+        "--samples_per_prompt",
+        "4",
+    ]
+    assert main(["generate", *made, *small]) == 0
+    taught = ["--teacher", str(causal), "--student_layers", "1", "--dataset", out, "--teacher_cache", out]
+    how = "--alpha 1 --unlabelled --temperature 1 --max_steps 4 --report_to none --use_cpu"
+    assert main(["distill", *taught, *how.split(), "--output_dir", str(student)]) == 0
+    assert (student / "model.safetensors").is_file()
+    results = json.loads((student / "results.json").read_text())
+    assert {"teacher", "student"} <= set(results["arms"])
+    record = json.loads((Path(out) / "manifest.json").read_text())
+    assert record["teacher"]["name"] == str(causal)
