@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 import statistics
 import sys
@@ -131,16 +132,16 @@ def _measured() -> Iterator[str]:
         return
     yield "## Measured"
     yield (
-        "A small ViT teaches one of a tenth of its size or less on handwritten digits; equal steps, mean and "
-        "standard deviation over seeds, on test rows. `python benchmarks/quality/images.py` with `--data "
-        "digits` and `--data path/to/mnist_t10k`; more tasks and all details in [quality.md](quality.md)."
+        "A small ViT teaches a far smaller one handwritten digits: equal steps, on test rows, mean and "
+        "standard deviation where there is more than one seed. [quality.md](quality.md) says how; "
+        "the options of each arm are in `benchmarks/quality/images.py`."
     )
     for title, data in tables:
         teacher = data["teacher"]["test"]
         known = f"{data['settings']['train_rows']} training rows; teacher {100 * teacher['accuracy']:.1f} %"
         yield f"{title} ({known}):"
-        rows = ["| loss | accuracy, % | KL to the teacher | agreement, % | calibration error, % |"]
-        rows.append("|---|---|---|---|---|")
+        rows = ["| loss | seeds | accuracy, % | KL to the teacher | agreement, % | calibration error, % |"]
+        rows.append("|---|--:|---|---|---|---|")
         for arm in dict.fromkeys(run["arm"] for run in data["runs"]):
             if arm in ("by hand", "TextBrewer"):
                 continue
@@ -148,8 +149,14 @@ def _measured() -> Iterator[str]:
             cells = [_cell(runs, "accuracy", 100, 1), _cell(runs, "kl", 1, 3)]
             cells += [_cell(runs, "agreement", 100, 1), _cell(runs, "ece", 100, 1)]
             label = {"control": "none (control)", "default": "forward_kl, alpha=0.5, T=2 (the default)"}
-            rows.append(f"| {label.get(arm, arm)} | " + " | ".join(cells) + " |")
+            rows.append(f"| {label.get(arm, arm)} | {len(runs)} | " + " | ".join(cells) + " |")
         yield "\n".join(rows)
+        right, rows_tested = teacher["accuracy"], data["settings"]["test_rows"]
+        error = 100 * math.sqrt(right * (1 - right) / rows_tested)
+        yield (
+            f"One standard error of an accuracy on {rows_tested} rows is {error:.1f} points; "
+            "smaller differences say nothing. Read KL and calibration first."
+        )
 
 
 def _cell(runs: list[dict[str, float]], key: str, scale: float, digits: int) -> str:

@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--train-rows", type=int, default=None, help="default: 1000 of digits, 3000 of MNIST")
     parser.add_argument("--epochs", type=int, default=None, help="default: 15 on digits, 3 on MNIST")
+    parser.add_argument("--work", type=Path, default=Path("out/quality-images"), help="keeps the teacher")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the file of results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -94,7 +95,11 @@ def main() -> None:
     images = {split: pixels[where] for split, where in parts.items()}
     targets = {split: labels[where] for split, where in parts.items()}
 
-    teacher = trained_teacher(images["train"], targets["train"], epochs=25 if small else 4)
+    kept = args.work / name
+    if not (kept / "config.json").exists():
+        made = trained_teacher(images["train"], targets["train"], epochs=25 if small else 4)
+        made.save_pretrained(kept)
+    teacher = ViTForImageClassification.from_pretrained(kept).eval()
     known = {split: logits_of(teacher, batches(images[split])) for split in parts}
     record.note(teacher={s: score(known[s], known[s], targets[s]) for s in ("dev", "test")})
     rows = rows_of(images["train"][:count], targets["train"][:count])
