@@ -15,7 +15,7 @@ from .depth import Stack, outer_lists
 
 #: The layers that are kept, by the module path of their stack.
 Cuts = Mapping[str, Sequence[int]]
-#: What of a teacher's weight (by its name in the teacher) the student keeps, as a new tensor.
+#: What of a teacher's weight the student keeps under a name of its own, as a new tensor.
 Slicer = Callable[[str, Tensor], Tensor]
 
 # Attributes that may differ between a layer and its copy at another place: they say where, not what, it is.
@@ -93,7 +93,7 @@ def fill(teacher: PreTrainedModel, student: PreTrainedModel, cuts: Cuts, keep: S
 
 def _part(source: Mapping[str, Tensor], name: str, origin: str, wanted: Tensor, keep: Slicer) -> Tensor:
     whole = source.get(origin)
-    value = None if whole is None else keep(origin, whole.detach())
+    value = None if whole is None else keep(name, whole.detach())
     if value is None or value.shape != wanted.shape:
         found = "has no such weight" if value is None else f"has shape {tuple(value.shape)}"
         raise ValueError(f"{name} of the student is {tuple(wanted.shape)}, the teacher's layer {found}")
