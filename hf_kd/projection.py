@@ -45,10 +45,44 @@ def attached(student: nn.Module, projections: nn.ModuleDict) -> Iterator[None]:
         yield
         return
     setattr(student, NAME, projections)
+    handle = student.register_forward_hook(_reach)
     try:
         yield
     finally:
+        handle.remove()
         delattr(student, NAME)
+
+
+class _Reach(torch.autograd.Function):
+    """A tensor as it is, from which a walk along the graph also comes to some parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = len(parameters)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], *[None] * ctx.parameters
+
+
+def _reach(student: nn.Module, _: Any, output: Any) -> Any:
+    """DDP asks the outputs which parameters were used; projections are used after the forward."""
+    if not (
+        torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()
+    ):
+        return output
+    parameters = list(student.get_submodule(NAME).parameters())
+    if isinstance(output, Tensor):
+        return _Reach.apply(output, *parameters)
+    if isinstance(output, Mapping):
+        for name, value in output.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                output[name] = _Reach.apply(value, *parameters)  # type: ignore[index]
+                return output
+    if isinstance(output, tuple):
+        return (_Reach.apply(output[0], *parameters), *output[1:])
+    return output
 
 
 def without(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import torch
 from hf_kd import DistillationArguments, DistillationTrainer
 
 from .heads import HEADS, Collator, models, oracle, rows_of
+from .test_features import feature_oracle, merged
 from .test_gradient import assert_same
-from .two_ranks import rows_for
+from .two_ranks import FEATURES, rows_for
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +51,16 @@ def test_two_ranks(two_ranks: dict[str, Any], name: str) -> None:
     expected, expected_grads = oracle(head, student, teacher, rows_for(name))
     assert two_ranks[name]["loss"] == pytest.approx(float(expected), rel=max(head.tolerance, 1e-6))
     assert_same(two_ranks[name]["grads"], expected_grads, head.tolerance)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_on_two_ranks(two_ranks: dict[str, Any], name: str) -> None:
+    """Traps 17, 26: losses on layers, and the projections that they train, are those of one process."""
+    head, (student, teacher) = HEADS[name], models(HEADS[name])
+    expected, grads = feature_oracle(name, student, teacher, rows_of(head, 8, seed=2), head.alpha)
+    ours = two_ranks[f"{name} with features"]
+    assert ours["loss"] == pytest.approx(expected, rel=1e-6)
+    assert_same(merged(ours["grads"]), grads)
 
 
 def test_evaluation_is_exact(two_ranks: dict[str, Any], tmp_path: Path) -> None:

@@ -14,7 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hf_kd import DistillationArguments, DistillationTrainer  # noqa: E402
 from tests.heads import HEADS, Collator, models, rows_of  # noqa: E402
+from tests.test_features import MAPS, WEIGHTS  # noqa: E402
 from tests.test_gradient import step  # noqa: E402
+
+FEATURES = {name: {"layer_map": MAPS[name], **WEIGHTS} for name in ("single-label", "causal-lm")}
 
 
 def rows_for(name: str) -> list:
@@ -42,6 +45,20 @@ def main(folder: Path) -> None:
             per_device_train_batch_size=len(rows) // 2 // accumulation,
         )
         results[name] = {"loss": loss, "grads": grads}
+    for name, options in FEATURES.items():
+        student, teacher = models(HEADS[name])
+        rows = rows_of(HEADS[name], 8, seed=2)
+        loss, grads = step(
+            folder,
+            HEADS[name],
+            student,
+            teacher,
+            rows,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=2,
+            **options,
+        )
+        results[f"{name} with features"] = {"loss": loss, "grads": grads}
     head = HEADS["causal-lm"]
     student, teacher = models(head)
     trainer = DistillationTrainer(
