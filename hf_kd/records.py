@@ -24,8 +24,11 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: beside it first, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def resolved_options(args: Any) -> dict[str, Any]:

@@ -107,11 +107,11 @@ SECTIONS: dict[str, dict[int, Trap]] = {
         44: Trap("A count of layers that is not in a table falls back to the first ones"),
     },
     "Cached and served teachers": {
-        45: Trap("A cache keyed by step or row number", "there is no cache yet"),
-        46: Trap("Random augmentation beside a cache", "there is no cache yet"),
-        47: Trap("A lossy codec whose error nobody stated", "there is no cache yet"),
-        48: Trap("A writer that was killed: torn records, or a silent fallback", "there is no cache yet"),
-        49: Trap("A cache of another teacher, tokenizer, dtype or temperature", "there is no cache yet"),
+        45: Trap("A cache keyed by step or row number"),
+        46: Trap("Random augmentation beside a cache"),
+        47: Trap("A lossy codec whose error nobody stated"),
+        48: Trap("A writer that was killed: torn records, or a silent fallback"),
+        49: Trap("A cache of another teacher, tokenizer, dtype or temperature"),
     },
     "Measuring": {
         50: Trap("Tied weights counted twice; latency without warm-up, or on other inputs"),

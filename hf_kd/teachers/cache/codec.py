@@ -103,10 +103,11 @@ class SparseCodec:
         out[:, 3:5] = _levels(tau, 16).view(np.uint8).reshape(rows, 2)
         stored = np.where(ids < 0, self.classes, ids)
         bits = (stored[..., None] >> np.arange(self.id_bits)) & 1
-        packed = np.packbits(bits.astype(np.uint8).reshape(rows, -1), axis=-1, bitorder="little")
+        flat = bits.astype(np.uint8).reshape(rows, self.entries * self.id_bits)
+        packed = np.packbits(flat, axis=-1, bitorder="little")
         out[:, _HEAD : _HEAD + self._id_bytes] = packed
         levels = _levels(signal.log_probs, self.bits)
-        out[:, _HEAD + self._id_bytes :] = levels.view(np.uint8).reshape(rows, -1)
+        out[:, _HEAD + self._id_bytes :] = levels.view(np.uint8).reshape(rows, self.entries * self.bits // 8)
         return out
 
     def decode(self, data: np.ndarray) -> SparseSignal:

@@ -19,7 +19,16 @@ from ..models import TEACHER_PREFIX
 from ..signal import Teacher, TeacherSignal
 from .keys import KEY_BYTES, present, row_keys, teacher_view
 from .record import rows_of, signal_of
-from .store import HEAD_FILE, CacheError, Manifest, check_shard, checksum, map_arrays, read_shards
+from .store import (
+    HEAD_FILE,
+    CacheError,
+    Manifest,
+    check_shard,
+    checksum,
+    map_arrays,
+    read_shards,
+    row_sum,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -135,13 +144,17 @@ class CachedTeacher:
     def _problem(self, arrays: Mapping[str, np.ndarray], shard: Any) -> str | None:
         """Whether a shard's arrays fit together, so that no row can be read from outside its own."""
         names = {"sparse"} if self.manifest.fidelity == "sparse" else set(self.manifest.outputs)
-        if set(arrays) != {"keys", "starts", *names}:
+        if set(arrays) != {"keys", "starts", "sums", *names}:
             return f"{shard.file} holds {sorted(arrays)}"
         keys, starts = arrays["keys"], arrays["starts"]
+        if arrays["sums"].dtype != np.uint32 or arrays["sums"].shape != (shard.rows,):
+            return f"the checksums of {shard.file} are not those of its rows"
         if keys.dtype != np.uint8 or keys.shape != (shard.rows, KEY_BYTES):
             return f"the keys of {shard.file} are {keys.dtype} {keys.shape}"
         if starts.dtype != np.int64 or starts.shape != (shard.rows + 1,):
             return f"the rows of {shard.file} are not marked"
+        if starts[-1] != shard.positions:
+            return f"{shard.file} has {starts[-1]} positions, not {shard.positions}"
         if shard.rows and (starts[0] != 0 or bool((np.diff(starts) < 0).any())):
             return f"the rows of {shard.file} are not in order"
         if any(array.ndim < 1 or len(array) != starts[-1] for name, array in arrays.items() if name in names):
@@ -149,6 +162,9 @@ class CachedTeacher:
         for name in names if self.manifest.fidelity != "sparse" else ():
             if list(arrays[name].shape[1:]) != self.manifest.shapes.get(name):
                 return f"{name} of {shard.file} has the shape {arrays[name].shape}"
+            stored = "uint16" if self.manifest.stored == "bfloat16" else self.manifest.stored
+            if arrays[name].dtype != stored:
+                return f"{name} of {shard.file} is {arrays[name].dtype}, not {self.manifest.stored}"
         return None
 
     def _index(self) -> None:
@@ -178,7 +194,14 @@ class CachedTeacher:
             return self._asked[key]
         arrays, row = self._shards[self._shard[place]], self._at[place]
         begin, end = int(arrays["starts"][row]), int(arrays["starts"][row + 1])
-        return {name: a[begin:end] for name, a in arrays.items() if name not in ("keys", "starts")}
+        about = ("keys", "starts", "sums")
+        found = {name: np.asarray(a)[begin:end] for name, a in arrays.items() if name not in about}
+        if row_sum(key, found) != arrays["sums"][row]:
+            raise CacheError(
+                f"{self.folder}: a row of shard {self._shard[place]} has another checksum than when it was "
+                "written: its bytes are damaged. Run the same hf-kd cache command again: it writes them anew"
+            )
+        return found
 
     def _ask(
         self, batch: Mapping[str, Any], mask: Tensor | None, keys: list[bytes], missing: list[int]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..signal import SparseSignal
 
-# Rows whose whole distribution is in double precision at once.
-_CHUNK_BYTES = 64 << 20
+# Rows that are worked on at once: what fits a processor's cache is read again for nothing.
+_CHUNK_BYTES = 4 << 20
+# Classes are looked at in blocks: only the best blocks are searched, only those that are hit are summed up.
+_BLOCK = 128
+# Classes this near to the threshold are kept for sure: rounding can't make one be drawn twice.
+_NEAR = 1e-5
 
 
 @torch.no_grad()
@@ -28,6 +31,9 @@ def threshold_sample(
     others with probability `p / tau` at a weight of tau: of all unbiased choices of that many entries the one
     of least variance. The draws are systematic: exactly `entries` in all, none twice.
 
+    Probabilities are in the logits' dtype, at least float32; sums, tau and what is returned of the entries
+    are computed in float64.
+
     Args:
         logits: `[N, V]`; `-inf` for classes without mass.
         entries: How many to keep of each row.
@@ -40,76 +46,94 @@ def threshold_sample(
         Entries `[N, entries]`, certain ones first; -1 where a row has fewer classes with mass.
 
     Raises:
-        ValueError: If the numbers don't fit.
+        ValueError: If the numbers don't fit, or a row has no largest logit that is finite.
     """
-    classes = logits.shape[-1]
-    if logits.ndim != 2 or not 1 <= entries <= classes or not 0 <= least_certain <= entries:
+    if logits.ndim != 2 or not 1 <= entries <= logits.shape[-1] or not 0 <= least_certain <= entries:
         raise ValueError(
             f"threshold_sample: logits {tuple(logits.shape)}, entries={entries}, least_certain="
             f"{least_certain}; give [N, V] with 0 <= least_certain <= entries <= V."
         )
-    rows = max(1, _CHUNK_BYTES // (8 * classes))
-    parts = [_sample(part, entries, temperature, least_certain, generator) for part in logits.split(rows)]
-    if not parts:
-        parts = [_sample(logits, entries, temperature, least_certain, generator)]
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    ids, log_probs, log_tail, certain, log_tau = columns
-    return SparseSignal(
-        ids=ids,
-        log_probs=log_probs,
-        log_tail=log_tail,
-        temperature=temperature,
-        certain=certain,
-        log_tau=log_tau,
-    )
+    start = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator)
+    rows = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
+    parts = [
+        _sample(part, entries, temperature, least_certain, begin)
+        for part, begin in zip(logits.split(rows), start.split(rows), strict=True)
+    ]
+    ids, log_probs, log_tail, certain, log_tau = (torch.cat(column) for column in zip(*parts, strict=True))
+    return SparseSignal(ids, log_probs, log_tail, temperature, certain, log_tau)
 
 
 def _sample(
-    logits: Tensor, entries: int, temperature: float, least: int, generator: torch.Generator | None
+    logits: Tensor, entries: int, temperature: float, least: int, start: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    log_p = (logits.double() / temperature).log_softmax(-1)
-    p = log_p.exp()
-    top = p.topk(entries, dim=-1)
-    # rest[:, j]: mass outside the j likeliest; summed from below, since 1 - (almost 1) has no digits left.
-    outside = (p.sum(-1) - top.values.sum(-1)).clamp_min(0.0)
-    beyond = p.scatter(-1, top.indices, 0.0).sum(-1)
-    outside = torch.where(outside < 1e-6, beyond, outside)
-    rest = top.values.flip(-1).cumsum(-1).flip(-1) + outside.unsqueeze(-1)
-    left = torch.arange(entries, 0, -1, device=p.device)
-    tau = rest / left
-    # The fewest certain entries after which no other is above the threshold; all of them if nothing is left.
-    fits = (top.values <= tau) & (torch.arange(entries, device=p.device) >= least)
-    fits &= rest > 0
-    certain = torch.where(fits.any(-1), fits.int().argmax(-1), torch.full_like(fits.sum(-1), entries))
-    present = (top.values > 0).sum(-1)
-    certain = torch.where(fits.any(-1), certain, torch.minimum(certain, present))
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    mass = F.pad(logits.to(wide), (0, -logits.shape[-1] % _BLOCK), value=-torch.inf)
+    blocks = mass.unflatten(-1, (mass.shape[-1] // _BLOCK, _BLOCK))
+    best = blocks.amax(-1)
+    top, ids = _top(blocks, best, entries)
+    most = top[:, :1]
+    if not bool(most.isfinite().all()):
+        raise ValueError("threshold_sample: a row's largest logit is NaN or infinite: check the teacher")
+    mass.sub_(most).mul_(1 / temperature).exp_()
+    mass.scatter_(-1, ids, 0.0)
+    # What is outside the likeliest is summed up by itself: 1 - (almost 1) would have no digits left.
+    sums = blocks.sum(-1).double()
+    outside = sums.sum(-1)
+    scaled = (top.double() - most.double()) / temperature
+    p = scaled.exp()
+    log_total = (p.sum(-1) + outside).log().unsqueeze(-1)
 
-    log_tail = _at(rest, certain, outside).log()
-    log_tau = torch.where(fits.any(-1), _at(tau, certain, outside), torch.zeros_like(outside)).log()
-    place = torch.arange(entries, device=p.device).expand_as(top.indices)
+    place = torch.arange(entries, device=p.device)
+    rest = p.flip(-1).cumsum(-1).flip(-1) + outside.unsqueeze(-1)  # mass outside the first j entries
+    tau = rest / (entries - place)
+    # The fewest certain entries after which no other is above the threshold; all if nothing else has mass.
+    fits = (p <= tau * (1 - _NEAR)) & (place >= least) & (rest > 0)
+    fits[:, -1] = (outside > 0) & (least < entries)
+    drawn = fits.any(-1)
+    finite = (top > -torch.inf).sum(-1)
+    certain = torch.where(drawn, fits.int().argmax(-1), finite)
     sure = place < certain.unsqueeze(-1)
-    ids = torch.where(sure, top.indices, torch.full_like(top.indices, -1))
-    _draw(p.scatter(-1, top.indices, p.gather(-1, top.indices) * ~sure), ids, certain, generator)
-    log_probs = log_p.gather(-1, ids.clamp_min(0)).masked_fill(ids < 0, 0.0)
-    single = torch.float32
-    return ids, log_probs.to(single), log_tail.to(single), certain, log_tau.to(single)
+    log_tail = torch.cat([rest, outside.unsqueeze(-1)], -1).gather(-1, certain.unsqueeze(-1)).log()
+    log_tau = tau.gather(-1, certain.clamp_max(entries - 1).unsqueeze(-1)).log() - log_total
+    log_tau = log_tau.squeeze(-1).masked_fill(~drawn, -torch.inf)
+
+    # The likeliest that are not certain may be drawn too.
+    again = p.masked_fill(sure, 0.0).to(wide)
+    mass.scatter_(-1, ids, again)
+    sums.scatter_add_(-1, ids // _BLOCK, again.double())
+    found = _draw(blocks, sums, start, entries - certain, entries)
+    shift = (place - certain.unsqueeze(-1)).clamp_min(0)
+    ids = torch.where(sure, ids, torch.where(drawn.unsqueeze(-1), found.gather(-1, shift), -1))
+    values = logits.gather(-1, ids.clamp_min(0)).double()
+    log_probs = ((values - most.double()) / temperature - log_total).masked_fill(ids < 0, 0.0)
+    log_tail = (log_tail - log_total).squeeze(-1)
+    return ids, log_probs.float(), log_tail.float(), certain, log_tau.float()
 
 
-def _at(values: Tensor, index: Tensor, beyond: Tensor) -> Tensor:
-    """`values[n, index[n]]`, or `beyond[n]` where the index is one past the end."""
-    return torch.cat([values, beyond.unsqueeze(-1)], -1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+def _top(blocks: Tensor, best: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    """The largest entries of each row, in order, and where they are: all in the blocks of largest maxima."""
+    chosen = best.topk(min(entries, best.shape[-1]), -1).indices
+    near = blocks.gather(1, chosen.unsqueeze(-1).expand(-1, -1, blocks.shape[-1]))
+    top = near.flatten(1).topk(entries, -1)
+    block = chosen.gather(-1, top.indices // blocks.shape[-1])
+    return top.values, block * blocks.shape[-1] + top.indices % blocks.shape[-1]
 
 
-def _draw(p: Tensor, ids: Tensor, certain: Tensor, generator: torch.Generator | None) -> None:
-    """Fill the places after the certain entries by systematic sampling from what is left of `p`."""
-    entries = ids.shape[-1]
-    wanted = entries - certain
-    total = p.cumsum(-1)
-    step = total[:, -1:] / wanted.clamp_min(1).unsqueeze(-1)
-    start = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator)
-    ticks = (torch.arange(entries, device=p.device) + start) * step
-    found = torch.searchsorted(total, ticks.clamp_max(math.inf), right=True).clamp_max(p.shape[-1] - 1)
-    draws = (torch.arange(entries, device=p.device) < wanted.unsqueeze(-1)) & (total[:, -1:] > 0)
-    target = (certain.unsqueeze(-1) + torch.arange(entries, device=p.device)).clamp_max(entries - 1)
-    row = torch.arange(len(p), device=p.device).unsqueeze(-1).expand_as(ids)
-    ids[row[draws], target[draws]] = found[draws]
+def _draw(blocks: Tensor, sums: Tensor, start: Tensor, wanted: Tensor, entries: int) -> Tensor:
+    """Systematic sampling: the first `wanted` of `[N, entries]` classes, at equal steps of mass."""
+    ladder = sums.cumsum(-1)
+    step = ladder[:, -1:] / wanted.clamp_min(1).unsqueeze(-1)
+    ticks = (torch.arange(entries, device=sums.device) + start) * step
+    ticks = torch.minimum(ticks, _below(ladder[:, -1:]))
+    block = torch.searchsorted(ladder, ticks, right=True).clamp_max(sums.shape[-1] - 1)
+    inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, blocks.shape[-1])).double().cumsum(-1)
+    size = sums.gather(-1, block)
+    share = 1 - (ladder.gather(-1, block) - ticks) / size
+    local = torch.minimum((share * inside[..., -1]).clamp_min(0.0), _below(inside[..., -1]))
+    within = torch.searchsorted(inside, local.unsqueeze(-1), right=True).squeeze(-1)
+    return block * blocks.shape[-1] + within.clamp_max(blocks.shape[-1] - 1)
+
+
+def _below(values: Tensor) -> Tensor:
+    """The numbers just below; 0 below 0."""
+    return torch.nextafter(values, torch.zeros_like(values))

@@ -1,8 +1,10 @@
 """A cache's folder: a manifest that says what is in it, and shards that are written whole or not at all.
 
-    manifest.json                     what was asked: teacher, fidelity, codec, columns; never changes
+    manifest.json                     what was asked: teacher, fidelity, codec, columns; never changes, and
+                                      holds a checksum of itself
     shards-00000.json                 the shards of one writing rank, with sizes and checksums
-    shard-00000-000000.safetensors    keys [R, 16], starts [R + 1], and arrays of one length per position
+    shard-00000-000000.safetensors    keys [R, 16], starts [R + 1], sums [R] (CRC-32 of each row, looked at
+                                      whenever it is read), and arrays of one length per position
     head.safetensors                  the teacher's output layer, where the fidelity is `hidden`
 
 A shard counts when it is listed, and is listed when it is on disk. What is not listed is left over from a
@@ -18,15 +20,17 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from ...records import write_text
+from .codec import SparseCodec
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -34,8 +38,8 @@ HEAD_FILE = "head.safetensors"
 FIDELITIES = ("logits", "hidden", "sparse")
 _SHARD = re.compile(r"shard-\d{5}-\d{6}\.safetensors")
 _DTYPES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U16": "<u2",
-    "U8": "u1",
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U32": "<u4",
+    "U16": "<u2", "U8": "u1",
 }  # fmt: skip
 
 
@@ -95,6 +99,11 @@ class Manifest:
                 f"{folder / MANIFEST_FILE} has schema_version {version!r}, but this hf_kd reads 1 to "
                 f"{SCHEMA_VERSION}: upgrade it, or make the cache again"
             )
+        if content.pop("checksum", None) != _digest(content):
+            raise CacheError(
+                f"{folder / MANIFEST_FILE} is damaged or was edited (its checksum is another): make the "
+                "cache again"
+            )
         specs = {spec.name: spec for spec in dataclasses.fields(cls)}
         required = {n for n, s in specs.items() if s.default is s.default_factory is dataclasses.MISSING}
         if set(content) - set(specs) or required - set(content):
@@ -110,7 +119,9 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it, whole or not at all."""
-        write_text(folder / MANIFEST_FILE, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        content = json.loads(json.dumps(dataclasses.asdict(self)))
+        content["checksum"] = _digest(content)
+        write_text(folder / MANIFEST_FILE, json.dumps(content, indent=2) + "\n")
 
     def _problem(self) -> str | None:
         kinds: dict[str, Any] = {
@@ -125,6 +136,12 @@ class Manifest:
             return f"fidelity is {self.fidelity!r}"
         if not all(isinstance(name, str) for name in (*self.columns, *self.outputs)):
             return "columns and outputs are not names"
+        if (self.codec is not None) != (self.fidelity == "sparse"):
+            return f"codec is {self.codec!r}"
+        try:
+            SparseCodec(**(self.codec or {"classes": 2, "entries": 1}))
+        except (TypeError, ValueError) as error:
+            return f"codec: {error}"
         return None
 
 
@@ -169,8 +186,10 @@ def write_shard(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> Sh
     """Write a shard beside its place, then rename it there."""
     temporary = folder / f".{name}.{os.getpid()}"
     try:
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary)
-        with temporary.open("rb") as file:
+        content = save({k: np.ascontiguousarray(v) for k, v in arrays.items()})
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, folder / name)
     finally:
@@ -181,7 +200,7 @@ def write_shard(folder: Path, name: str, arrays: Mapping[str, np.ndarray]) -> Sh
 
 def write_list(folder: Path, rank: int, shards: list[Shard]) -> None:
     """Say which shards a rank has finished."""
-    content = {"shards": [dataclasses.asdict(shard) for shard in shards]}
+    content = {"shards": [dataclasses.asdict(shard) for shard in sorted(shards, key=lambda s: s.file)]}
     write_text(folder / f"shards-{rank:05d}.json", json.dumps(content, indent=1) + "\n")
 
 
@@ -189,6 +208,14 @@ def checksum(path: Path) -> str:
     """BLAKE2b of a file's bytes, 32 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def row_sum(key: bytes, arrays: Mapping[str, np.ndarray]) -> int:
+    """CRC-32 of a row: its key, and its arrays in the order of their names."""
+    found = zlib.crc32(key)
+    for name in sorted(arrays):
+        found = zlib.crc32(np.ascontiguousarray(arrays[name]).data, found)
+    return found
 
 
 def check_shard(folder: Path, shard: Shard, *, content: bool) -> str | None:
@@ -250,6 +277,11 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{folder} is being written by another process: wait for it, or choose another folder"
             ) from error
         yield
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _read_json(path: Path, missing: str) -> dict[str, Any]:

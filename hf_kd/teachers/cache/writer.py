@@ -19,6 +19,7 @@ from .store import (
     check_shard,
     map_arrays,
     read_shards,
+    row_sum,
     write_list,
     write_shard,
 )
@@ -54,6 +55,10 @@ class CacheWriter:
         """Find out what is there already."""
         self.folder, self.manifest, self.rank, self.shard_bytes = folder, manifest, rank, shard_bytes
         refuse_other(folder, manifest)
+        # What a writer that was killed had in hand.
+        for pattern in (f".shard-{rank:05d}-*", f".shards-{rank:05d}.json.*"):
+            for left in folder.glob(pattern):
+                left.unlink(missing_ok=True)
         self._shards = self._sound()
         self._known = known_keys(folder, [s for s in read_shards(folder) if s not in self._lost])
         self._keys: list[bytes] = []
@@ -105,6 +110,8 @@ class CacheWriter:
         lengths = [len(next(iter(arrays.values()))) for arrays in self._arrays]
         arrays = {name: np.concatenate([row[name] for row in self._arrays]) for name in self._arrays[0]}
         arrays["keys"] = np.frombuffer(b"".join(self._keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
+        sums = [row_sum(key, row) for key, row in zip(self._keys, self._arrays, strict=True)]
+        arrays["sums"] = np.array(sums, dtype=np.uint32)
         arrays["starts"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         taken = {shard.file for shard in self._shards}
         numbers = (f"shard-{self.rank:05d}-{i:06d}.safetensors" for i in range(len(taken) + 1))
