@@ -238,20 +238,25 @@ def plot(path: Path) -> None:
         sizes[run["vocabulary"], run["widths"]] += 1
     chosen = max(sizes, key=lambda size: sizes[size])
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6))
-    for method in DEFAULT:
+    for number, method in enumerate(DEFAULT):
         for axis, key, unit in ((axes[0], "seconds", 1), (axes[1], "extra_bytes", MIB)):
             points = sorted(
                 (run["tokens"], row[key] / unit)
                 for run in runs
                 for row in run["rows"]
-                if (run["vocabulary"], run["widths"]) == chosen and row["method"] == method and row[key]
+                if (run["vocabulary"], run["widths"]) == chosen
+                and row["method"] == method
+                and (row[key] or 0) > 0
             )
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=method)
+                axis.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=method)
     axes[0].set_ylabel("CPU seconds, one thread")
     axes[1].set_ylabel("MiB beyond the gradients")
     for axis in axes:
         axis.set(xscale="log", yscale="log", xlabel="tokens")
+        tokens = sorted({run["tokens"] for run in runs if (run["vocabulary"], run["widths"]) == chosen})
+        axis.set_xticks(tokens, [str(number) for number in tokens])
+        axis.xaxis.set_minor_locator(pyplot.NullLocator())
         axis.legend(fontsize=7)
     figure.suptitle(f"value and gradient, V = {chosen[0]:,}, widths {chosen[1]}")
     figure.tight_layout()
