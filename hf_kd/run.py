@@ -15,7 +15,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 
-from hf_kd import checks, report
+from hf_kd import checks, report, served_run
 from hf_kd.card import write_card
 from hf_kd.comparison import compare
 from hf_kd.config import DistillationArguments
@@ -25,6 +25,7 @@ from hf_kd.pages import write_html
 from hf_kd.publish import publish
 from hf_kd.results import Results
 from hf_kd.setting import Setting, alone, load, wiring, with_trained_teacher
+from hf_kd.teachers.server import is_address
 from hf_kd.trainer import DistillationTrainer
 
 
@@ -36,11 +37,15 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
         args: The trainer's arguments.
 
     Returns:
-        The results on rank 0, None on the others.
+        The results on rank 0, None on the others and where the teacher is a server.
 
     Raises:
         ValueError: What does not exist or does not fit, before any training.
     """
+    if is_address(run.teacher):
+        resume = _checkpoint(args.resume_from_checkpoint, args.folder)
+        served_run.distill(run, args, described=describe, control=train_control, resume=resume)
+        return None
     start = time.monotonic()
     wish, args = args, _unpublished(args)
     setting = load(run, args)
@@ -105,6 +110,8 @@ def check(run: RunOptions, args: DistillationArguments, *, launch: str) -> list[
     Returns:
         The problems found.
     """
+    if is_address(run.teacher):
+        return served_run.check(run, args)
     setting = load(run, args)
     console = setting.console
     found = checks.inspect(distiller(setting), teacher_is_trained=not setting.untrained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Iterator
@@ -11,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_kd import DistillationArguments, DistillationTrainer
+from hf_kd.cli import main
+from hf_kd.data.processors import train_tokenizer
 from hf_kd.options import SERVER_FORMAT_NAMES, DistillationOptions
 from hf_kd.teachers import transport
 from hf_kd.teachers.server import ServedTeacher, is_address, spelling_of
@@ -583,3 +587,40 @@ def test_a_run_stops_at_a_lie(server: Any, tmp_path: Path) -> None:
     served.faults = [None] * 6 + [vllm(lambda e, c: c["prompt_logprobs"].pop())] * 8
     with pytest.raises(ServerError, match="was asked for"):
         run(url, tmp_path)
+
+
+def test_the_command_line_with_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`hf-kd check` and `hf-kd distill --teacher http://...`: a student, its control, their scores."""
+    tokenizer = train_tokenizer(["the cat sat on a mat by the sea"] * 5, 270)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=32, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    teacher = LlamaForCausalLM(config).eval()
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    (tmp_path / "text.txt").write_text("the cat sat on a mat\na mat by the sea\n" * 20)
+    with serving(teacher) as (url, served):
+        common = (
+            f"--teacher {url} --server_model tiny --student {tmp_path / 'student'} --temperature 1 --use_cpu"
+        )
+        rest = (
+            f"--dataset {tmp_path / 'text.txt'} --max_length 16 --max_steps 2 --report_to none --output_dir"
+        )
+        command = [*common.split(), *rest.split(), str(tmp_path / "out")]
+        assert main(["check", *command]) == 0
+        assert len(served.requests) > 0
+        assert main(["distill", *command]) == 0
+        assert main(["distill", *[word if word != "1" else "2" for word in command]]) == 2
+        assert "temperature=2, but a server" in capsys.readouterr().err
+        assert main(["distill", *command, "--push_to_hub"]) == 2
+        assert "push_to_hub=True" in capsys.readouterr().err
+        cut = [*command, "--student_layers", "1"]
+        i = cut.index("--student")
+        assert main(["distill", *cut[:i], *cut[i + 2 :]]) == 2
+        assert "of which no student can be cut" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert set(found) == {"student", "control"}
+    assert all(found[name]["eval_kl_tail"] > 0 for name in found)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
