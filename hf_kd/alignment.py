@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,11 +57,26 @@ class ClassMap:
     shared: int | None = None
     unlike: bool = False
     notes: tuple[str, ...] = ()
+    #: Whether `order` leaves classes of the teacher out: the student's vocabulary was trimmed.
+    kept: bool = False
+
+    @cached_property
+    def _index(self) -> Tensor:
+        return torch.tensor(self.order)
+
+    @property
+    def drops(self) -> bool:
+        """Whether the teacher may have classes that the student has not."""
+        return self.shared is not None or self.kept
+
+    def mass_dropped(self, logits: Tensor) -> Tensor:
+        """`[P]` mass that the teacher gives to such classes."""
+        return (1 - self.teacher(logits.float().softmax(-1)).sum(-1)).clamp_min(0)
 
     def teacher(self, logits: Tensor) -> Tensor:
         """Teacher logits `[P, C_t]` in the student's classes `[P, C]`; never edited in place."""
         if self.order is not None:
-            return logits[:, torch.tensor(self.order, device=logits.device)]
+            return logits[:, self._index.to(logits.device)]
         return logits if self.shared is None else logits[:, : self.shared]
 
     def entries(self, teacher: SparseTeacher) -> SparseTeacher:
@@ -68,6 +85,8 @@ class ClassMap:
         Entries beyond the shared classes are dropped and the others renormalised, as for logits. What the
         teacher has there and does not show, in its tail, stays in the tail.
         """
+        if self.kept:
+            raise ValueError("A student with a trimmed vocabulary needs a teacher that gives whole logits.")
         if self.order is None and self.shared is None:
             return teacher
         ids, present = teacher.ids, teacher.ids >= 0
@@ -205,6 +224,41 @@ def align_vocabulary(
             "dropped).",
         ),
     )
+
+
+def align_trimmed(
+    kept: Sequence[int], sizes: tuple[int, int], student_tokens: Any, teacher_tokens: Any
+) -> ClassMap:
+    """Match a trimmed vocabulary with the one it was cut from.
+
+    Args:
+        kept: The teacher's id of each of the student's tokens.
+        sizes: Number of tokens of student and teacher.
+        student_tokens: The student's tokenizer, or None.
+        teacher_tokens: The teacher's, or None.
+
+    Returns:
+        The teacher's classes that the student has; both are compared there, renormalised.
+
+    Raises:
+        AlignmentError: If the map does not fit the models or their tokenizers.
+    """
+    if len(kept) != sizes[0] or max(kept) >= sizes[1]:
+        raise AlignmentError(
+            f"hf_kd_vocabulary: the student's config maps {len(kept)} tokens to ids up to {max(kept)}, but "
+            f"the models have {sizes[0]} and {sizes[1]}: the student was cut from another teacher."
+        )
+    ours, theirs = tokenizer_of(student_tokens), tokenizer_of(teacher_tokens)
+    if ours is not None and theirs is not None:
+        wanted = theirs.convert_ids_to_tokens([int(i) for i in kept])
+        for token, i in ours.get_vocab().items():
+            if i >= len(wanted) or wanted[i] != token:
+                raise AlignmentError(
+                    f"tokenizer: token {i} of the student is {token!r}, not what hf_kd_vocabulary in its "
+                    "config says: use the tokenizer that trim_vocabulary made, and the teacher's own."
+                )
+    note = f"vocabulary: the student has {len(kept)} of the teacher's {sizes[1]} tokens, compared there."
+    return ClassMap(order=tuple(kept), kept=True, notes=(note,))
 
 
 def tokenizer_of(processor: Any) -> Any:

@@ -244,6 +244,8 @@ def is_language_model(task: Task) -> bool:
 def _reason(task: Task, objective: Objective) -> str | None:
     if not is_language_model(task):
         return f"task {task.name!r} has no vocabulary."
+    if objective.classes.kept:
+        return "the student has a part of the teacher's vocabulary."
     if objective.divergence_name not in FUSED_DIVERGENCES:
         return f"divergence={objective.divergence_name!r} needs whole rows of logits."
     return None

@@ -13,6 +13,7 @@ from .alignment import (
     AlignmentError,
     ClassMap,
     align_labels,
+    align_trimmed,
     align_vocabulary,
     first_difference,
     tokenizer_of,
@@ -21,6 +22,7 @@ from .losses.divergences import resolve_divergence
 from .losses.needs import needs_of
 from .options import as_mapping
 from .processors import PixelMap, align_processors
+from .students.memory import VOCABULARY
 from .teachers.models import TEACHER_PREFIX, ModelTeacher
 
 if TYPE_CHECKING:
@@ -45,6 +47,9 @@ def match_classes(trainer: DistillationTrainer) -> ClassMap:
         return align_labels(student_config, teacher_config)
     sizes = _vocab_size(trainer.student), _vocab_size(described)
     processors = trainer.processing_class, trainer.teacher_processing_class or _processor_beside(described)
+    kept = _trimmed(trainer)
+    if kept is not None and isinstance(teacher, ModelTeacher):
+        return align_trimmed(kept, sizes, *processors)
     try:
         return align_vocabulary(*sizes, *processors)
     except AlignmentError:
@@ -63,6 +68,11 @@ def _blind_to_classes(trainer: DistillationTrainer) -> bool:
     return needs_of(resolve_divergence(args.divergence, options)).unlike_classes
 
 
+def _trimmed(trainer: DistillationTrainer) -> list[int] | None:
+    """The teacher's id of each of the student's tokens, where the student's vocabulary was trimmed."""
+    return getattr(getattr(trainer.student, "config", None), VOCABULARY, None)
+
+
 def match_inputs(trainer: DistillationTrainer) -> PixelMap | None:
     """What the teacher does to the student's pixels before it reads them; None: nothing.
 
@@ -74,6 +84,12 @@ def match_inputs(trainer: DistillationTrainer) -> PixelMap | None:
     if not isinstance(teacher, ModelTeacher) or any(c.startswith(TEACHER_PREFIX) for c in _columns(trainer)):
         return None
     processors = trainer.processing_class, _teacher_processor(trainer, teacher)
+    kept = _trimmed(trainer)
+    if kept is not None:
+        config: Any = teacher.model.config
+        align_trimmed(kept, (len(kept), config.get_text_config().vocab_size), *processors)
+        teacher.tokens = torch.tensor(kept)
+        return align_processors(*processors)
     tokenizers = [tokenizer_of(processor) for processor in processors]
     difference = None if None in tokenizers else first_difference(*tokenizers)
     if difference is not None and trainer.task.name not in VOCABULARY_TASKS:

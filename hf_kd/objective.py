@@ -267,9 +267,8 @@ class Objective:
         add("kl", forward_kl(log_q, log_p), weight, rows)
         add("agreement", (log_q.argmax(-1) == log_p.argmax(-1)).float(), weight, rows)
         add("teacher_entropy", entropy(log_p), weight, rows)
-        if self.classes.shared is not None:
-            dropped = raw.float().softmax(-1)[:, self.classes.shared :].sum(-1)
-            add("teacher_mass_dropped", dropped, weight, rows)
+        if self.classes.drops:
+            add("teacher_mass_dropped", self.classes.mass_dropped(raw), weight, rows)
         return out
 
     def summarise(self, sums: Tensor, prefix: str) -> dict[str, float]:
@@ -289,7 +288,7 @@ class Objective:
         names: tuple[str, ...] = ("kl", "agreement", "teacher_entropy")
         if total["sparse_count"] > 0:
             names = sparse_names(total)
-        return names if self.classes.shared is None else (*names, "teacher_mass_dropped")
+        return (*names, "teacher_mass_dropped") if self.classes.drops else names
 
     def describe(self, mix: Mix) -> list[tuple[str, str]]:
         """The terms of the loss and their weights, in words."""

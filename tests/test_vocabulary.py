@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from hf_kd.config import DistillationArguments
 from hf_kd.students import init_student, trim_vocabulary
+from hf_kd.trainer import DistillationTrainer
 
 WORDS = (
     "the quick brown fox jumps over the lazy dog while seventeen students distil a teacher into something "
@@ -124,3 +127,66 @@ def test_student_predicts_the_kept_tokens_as_the_teacher_does(tmp_path):
     for vocab, message in (([1, 1], "each once"), ([9999], "each once"), ([0, 5], "eos_token_id")):
         with pytest.raises(ValueError, match=message):
             init_student(teacher, vocab=vocab)
+
+
+def arguments(path, **options):
+    return DistillationArguments(
+        output_dir=str(path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        save_strategy="no", **{"alpha": 1.0, "temperature": 1.0, **options},
+    )  # fmt: skip
+
+
+def rows_of(tokenizer, labels=True):
+    rows = [tokenizer(text)["input_ids"][:7] for text in CORPUS]
+    rows = [row + [tokenizer.pad_token_id] * (7 - len(row)) for row in rows]
+    return Dataset.from_list([{"input_ids": row, **({"labels": row} if labels else {})} for row in rows])
+
+
+def test_distilling_a_trimmed_student_from_the_whole_teacher(tmp_path, caplog):
+    """Trap 30: the teacher reads its own ids, is compared on kept tokens, and dropped mass is logged."""
+    old = bytes_bpe()
+    new, kept = trim_vocabulary(old, CORPUS)
+    teacher = gpt2(old)
+    student = init_student(teacher, vocab=kept)
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path, fused="auto"), teacher=teacher, teacher_processing_class=old,
+        train_dataset=rows_of(new), eval_dataset=rows_of(new), processing_class=new,
+    )  # fmt: skip
+    scores = trainer.evaluate()
+    assert abs(scores["eval_kl"]) < 1e-6 and scores["eval_agreement"] == 1.0
+    ids = torch.tensor([old(text)["input_ids"][:7] for text in CORPUS[:1]])
+    inputs = trainer.teacher.inputs({"input_ids": torch.tensor(rows_of(new)["input_ids"][:1])})
+    assert torch.equal(inputs["input_ids"], ids)
+    mass = []
+    with torch.no_grad():
+        for row in rows_of(new)["input_ids"]:
+            full = teacher(torch.tensor([[kept[i] for i in row]])).logits[0, :-1]
+            mass.append(1 - full.softmax(-1)[:, kept].sum(-1))
+    assert scores["eval_teacher_mass_dropped"] == pytest.approx(float(torch.cat(mass).mean()), rel=1e-4)
+    trainer.train()
+    trainer.save_model()
+    assert "hf_kd" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_classifier_with_a_trimmed_vocabulary(tmp_path):
+    """Heads without a vocabulary too: the student's ids are turned into the teacher's."""
+    old = wordpiece()
+    new, kept = trim_vocabulary(old, CORPUS)
+    torch.manual_seed(0)
+    config = tf.BertConfig(
+        vocab_size=len(old), hidden_size=16, num_attention_heads=2, intermediate_size=32, num_hidden_layers=2,
+        max_position_embeddings=64, num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    teacher = tf.BertForSequenceClassification(config).eval()
+    student = init_student(teacher, vocab=kept)
+    rows = rows_of(new, labels=False).add_column("labels", [0, 1, 2])
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path), teacher=teacher, teacher_processing_class=old, train_dataset=rows,
+        eval_dataset=rows, processing_class=new,
+    )  # fmt: skip
+    assert abs(trainer.evaluate()["eval_kl"]) < 1e-6
+    with pytest.raises(ValueError, match="hf_kd_vocabulary"):
+        DistillationTrainer(
+            init_student(teacher, vocab=[*kept[:-2], kept[-1], kept[-2]]), arguments(tmp_path),
+            teacher=teacher, teacher_processing_class=old, eval_dataset=rows, processing_class=new,
+        ).evaluate()  # fmt: skip

@@ -85,6 +85,8 @@ class ModelTeacher:
             model.to(device)
         #: Applied to the student's `pixel_values` where the two models normalise differently.
         self.pixels: Callable[[Tensor], Tensor] | None = None
+        #: The teacher's id of each of the student's tokens, where the student's vocabulary was trimmed.
+        self.tokens: Tensor | None = None
         self._parameters = forward_parameters(model)
         self._identity: dict[str, str] | None = None
 
@@ -111,6 +113,10 @@ class ModelTeacher:
             for name in self._parameters
             if name in batch or TEACHER_PREFIX + name in batch
         }
+        if self.tokens is not None:
+            for name in ("input_ids", "decoder_input_ids"):
+                if name in batch and name in own and TEACHER_PREFIX + name not in batch:
+                    own[name] = self.tokens.to(batch[name].device)[batch[name]]
         if (
             self.pixels is not None
             and "pixel_values" in batch
