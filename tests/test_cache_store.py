@@ -311,9 +311,9 @@ def test_killed_and_resumed(tmp_path: Path, whole: Path, seed: int) -> None:
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "weights": ({"seed": 1}, "teacher name='made'|teacher fingerprint='seed 0', this run has .*'seed 1'"),
+    "weights": ({"seed": 1}, "teacher fingerprint: it has 'seed 0', this run 'seed 1'"),
     "revision": (
-        {"revision": "b", "fingerprint": "other"}, "revision='a', this run has teacher revision='b'",
+        {"revision": "b", "fingerprint": "other"}, "teacher revision: it has 'a', this run 'b'",
     ),
 }  # fmt: skip
 
@@ -329,10 +329,10 @@ def test_another_teacher_is_not_mixed_in(cache: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"entries": 7}, "codec=.*'entries': 6.*this run has codec=.*'entries': 7"),
+        ({"entries": 7}, "codec: it has .*'entries': 6.*this run .*'entries': 7"),
         ({"temperature": 2.0}, "'temperature': 1.0.*'temperature': 2.0"),
         ({"bits": 8}, "'bits': 16.*'bits': 8"),
-        ({"fidelity": "logits"}, "fidelity='sparse', this run has fidelity='logits'"),
+        ({"fidelity": "logits"}, "fidelity: it has 'sparse', this run 'logits'"),
     ],
 )
 def test_other_settings_are_not_mixed_in(cache: Path, options: dict[str, Any], message: str) -> None:
