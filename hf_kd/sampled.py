@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .tasks.text import decoder_inputs
 from .teachers.cache import Manifest, SparseCodec, threshold_sample
-from .teachers.cache.keys import KEY_BYTES, row_keys
+from .teachers.cache.keys import row_keys
 from .teachers.cache.make import tokenizer_hash
-from .teachers.cache.store import check_shard, read_shards, write_list, write_shard
+from .teachers.cache.store import check_shard, read_shards, shard_arrays, write_list, write_shard
 from .teachers.models import TEACHER_PREFIX, ModelTeacher
 from .teachers.signal import SparseSignal
 
@@ -59,7 +59,7 @@ class SampledSignal:
         self._generator = torch.Generator()
         self._empty = codec.encode(_nothing(codec))
         self._keys: list[bytes] = []
-        self._rows: list[np.ndarray] = []
+        self._rows: list[dict[str, np.ndarray]] = []
 
     def begin(self, seed: int, row: int) -> None:
         """Seed the draws of a batch by its first row: it is the same batch in every run."""
@@ -93,18 +93,13 @@ class SampledSignal:
             view["decoder_input_ids"] = decoder_inputs(torch.tensor([made]), self.teacher.model)
             view["decoder_attention_mask"] = torch.ones(1, len(made), dtype=torch.long)
         self._keys += row_keys(view, self.pad)
-        self._rows.append(data)
+        self._rows.append({"sparse": data})
 
     def write(self, shard: int) -> None:
         """Write the rows in hand as a shard, with a list of its own: any rank may write any shard."""
-        arrays: dict[str, np.ndarray] = {
-            "keys": np.frombuffer(b"".join(self._keys), dtype=np.uint8).reshape(-1, KEY_BYTES),
-            "starts": np.concatenate([[0], np.cumsum([len(row) for row in self._rows])]).astype(np.int64),
-            "sparse": np.concatenate(self._rows),
-        }
-        write_list(
-            self.folder, shard, [write_shard(self.folder, f"shard-{shard:05d}-000000.safetensors", arrays)]
-        )
+        arrays = shard_arrays(self._keys, self._rows)
+        name = f"shard-{shard:05d}-000000.safetensors"
+        write_list(self.folder, shard, [write_shard(self.folder, name, arrays)])
         self._keys, self._rows = [], []
 
     def sound(self) -> set[int]:

@@ -218,6 +218,17 @@ def row_sum(key: bytes, arrays: Mapping[str, np.ndarray]) -> int:
     return found
 
 
+def shard_arrays(keys: list[bytes], rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What a shard of some rows holds, at least one: their arrays in a line, and what finds them."""
+    lengths = [len(next(iter(arrays.values()))) for arrays in rows]
+    return {
+        **{name: np.concatenate([row[name] for row in rows]) for name in rows[0]},
+        "keys": np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), -1),
+        "sums": np.array([row_sum(key, row) for key, row in zip(keys, rows, strict=True)], dtype=np.uint32),
+        "starts": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    }
+
+
 def check_shard(folder: Path, shard: Shard, *, content: bool) -> str | None:
     """What is wrong with a listed shard, in words; None if nothing is. `content`: read all of it."""
     path = folder / shard.file

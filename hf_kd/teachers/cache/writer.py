@@ -19,7 +19,7 @@ from .store import (
     check_shard,
     map_arrays,
     read_shards,
-    row_sum,
+    shard_arrays,
     write_list,
     write_shard,
 )
@@ -107,12 +107,7 @@ class CacheWriter:
         """
         if not self._keys:
             return
-        lengths = [len(next(iter(arrays.values()))) for arrays in self._arrays]
-        arrays = {name: np.concatenate([row[name] for row in self._arrays]) for name in self._arrays[0]}
-        arrays["keys"] = np.frombuffer(b"".join(self._keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
-        sums = [row_sum(key, row) for key, row in zip(self._keys, self._arrays, strict=True)]
-        arrays["sums"] = np.array(sums, dtype=np.uint32)
-        arrays["starts"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        arrays = shard_arrays(self._keys, self._arrays)
         taken = {shard.file for shard in self._shards}
         numbers = (f"shard-{self.rank:05d}-{i:06d}.safetensors" for i in range(len(taken) + 1))
         name = next(name for name in numbers if name not in taken)
