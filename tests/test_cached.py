@@ -31,7 +31,7 @@ def batches_of(name, student, teacher, rows, folder, size=3):
 def write(name, student, teacher, rows, folder, settings=None, size=3):
     trainer, batches = batches_of(name, student, teacher, rows, folder / "trainer", size)
     cache = folder / "cache"
-    cache.mkdir(exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
     manifest, head = describe(trainer.teacher, batches[0], settings or CacheSettings(fidelity="logits"))
     if head is not None:
         from dataclasses import replace

@@ -53,6 +53,14 @@ def test_two_ranks(two_ranks: dict[str, Any], name: str) -> None:
     assert_same(two_ranks[name]["grads"], expected_grads, head.tolerance)
 
 
+def test_a_cached_teacher_on_two_ranks(two_ranks: dict[str, Any]) -> None:
+    """Traps 17, 45: each rank finds its own rows, in another order than they were written."""
+    head = HEADS["causal-lm"]
+    expected, grads = oracle(head, *models(head), rows_for("causal-lm"))
+    assert two_ranks["from a cache"]["loss"] == pytest.approx(float(expected), rel=1e-6)
+    assert_same(two_ranks["from a cache"]["grads"], grads, head.tolerance)
+
+
 @pytest.mark.parametrize("name", FEATURES)
 def test_features_on_two_ranks(two_ranks: dict[str, Any], name: str) -> None:
     """Traps 17, 26: losses on layers, and the projections that they train, are those of one process."""

@@ -5,6 +5,7 @@ Started as `python -m accelerate.commands.launch ... tests/two_ranks.py FOLDER`.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hf_kd import DistillationArguments, DistillationTrainer  # noqa: E402
+from hf_kd.teachers import CachedTeacher  # noqa: E402
 from tests.heads import HEADS, Collator, models, rows_of  # noqa: E402
+from tests.test_cached import write  # noqa: E402
 from tests.test_features import MAPS, WEIGHTS  # noqa: E402
 from tests.test_gradient import step  # noqa: E402
 
@@ -59,7 +62,12 @@ def main(folder: Path) -> None:
             **options,
         )
         results[f"{name} with features"] = {"loss": loss, "grads": grads}
-    head = HEADS["causal-lm"]
+    head, rows = HEADS["causal-lm"], rows_for("causal-lm")
+    student, teacher = models(head)
+    own = folder / f"rank{os.environ['RANK']}"
+    cached = CachedTeacher(write("causal-lm", student, teacher, rows, own))
+    loss, grads = step(folder, head, student, cached, rows[::-1], per_device_train_batch_size=4)
+    results["from a cache"] = {"loss": loss, "grads": grads}
     student, teacher = models(head)
     trainer = DistillationTrainer(
         student,
