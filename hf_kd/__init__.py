@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .losses.divergences import DIVERGENCES
     from .students import init_student
     from .tasks import TASKS, Task
-    from .teachers import ModelTeacher, ServedTeacher, SparseSignal, Teacher, TeacherSignal
+    from .teachers import Ensemble, ModelTeacher, ServedTeacher, SparseSignal, Teacher, TeacherSignal
     from .trainer import DistillationTrainer
 
 # Loaded when asked for: `import hf_kd` must not import torch, or `hf-kd --help` would take seconds.
@@ -20,6 +20,7 @@ _HOME = {
     "DIVERGENCES": ".losses.divergences",
     "DistillationArguments": ".config",
     "DistillationTrainer": ".trainer",
+    "Ensemble": ".teachers",
     "ModelTeacher": ".teachers",
     "ServedTeacher": ".teachers",
     "SparseSignal": ".teachers",
@@ -35,6 +36,7 @@ __all__ = [
     "TASKS",
     "DistillationArguments",
     "DistillationTrainer",
+    "Ensemble",
     "ModelTeacher",
     "ServedTeacher",
     "SparseSignal",

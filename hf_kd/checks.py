@@ -16,6 +16,8 @@ from .loss_checks import check_coupling, check_divergence, check_features
 from .matching import first_eval_dataset, queries_differ
 from .objective import counts_of
 from .sample import sample_batches
+from .settling import needs_settling, settle
+from .targets import check_target
 from .tasks import Batch, SequenceClassification, Supervision
 from .teachers.models import TEACHER_PREFIX, ModelTeacher, forward_parameters
 from .teachers.signal import SparseSignal
@@ -38,7 +40,6 @@ def inspect(
     if trainer.alignment_problem is not None:
         report.add("teacher", str(trainer.alignment_problem))
     _describe_models(trainer, report)
-    report.terms = trainer.objective.describe(trainer.mix())
     if training:
         _check_options(trainer, report)
     name, dataset = (
@@ -58,6 +59,13 @@ def inspect(
         _check_batch(trainer, batch, report, teacher_is_trained)
         if training:
             check_features(trainer, batch, report)
+    if training and teacher_is_trained and not report.problems and needs_settling(trainer):
+        try:
+            trainer.settled = settle(trainer)
+        except ValueError as error:
+            report.add("teacher", str(error))
+    if trainer.settled is not None or trainer.args.temperature != "auto":
+        report.terms = trainer.objective.describe(trainer.mix())
     return report
 
 
@@ -187,6 +195,7 @@ def _check_batch(
         )
         return
     check_divergence(trainer, batch, supervision, report)
+    check_target(trainer, supervision, report)
     logits = _check_models_on(trainer, batch, supervision, report)
     if logits is not None and teacher_is_trained:
         _check_teacher_knows(trainer, logits, supervision, report)

@@ -29,7 +29,7 @@ from hf_kd.losses.vectors import VECTOR_LOSSES
 from hf_kd.options import DistillationOptions, RunOptions, nearest, raise_problems
 
 # A flag for one of these drops what the YAML says about its siblings: they are ways to say the same thing.
-_ALTERNATIVES = (("teacher", "teacher_config"), ("student", "student_layers", "student_config"))
+_ALTERNATIVES = (("teacher", "teachers", "teacher_config"), ("student", "student_layers", "student_config"))
 # Options that take a function.
 _CALLABLES = ("divergence", "hidden_loss", "attention_loss")
 
@@ -127,6 +127,8 @@ class _Parser(HfArgumentParser):
     def __init__(self, *classes: type) -> None:
         read: Any = list(classes or (RunOptions, DistillationArguments))
         super().__init__(read, prog="hf-kd", allow_abbrev=False, add_help=False)
+        if DistillationArguments in read:
+            next(a for a in self._actions if a.dest == "temperature").type = _number_or_auto
         hints = {name: hint for cls in read for name, hint in typing.get_type_hints(cls).items()}
         self.names: dict[str, Action] = {}
         self.hints: dict[str, tuple[Any, ...]] = {}
@@ -141,6 +143,10 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(message)
+
+
+def _number_or_auto(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 class _YamlLoader(yaml.SafeLoader):

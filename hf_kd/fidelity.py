@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .targets import sparse_problems
 from .teachers.signal import SparseSignal
 
 if TYPE_CHECKING:
@@ -56,8 +57,16 @@ def check_sparse(
             f"divergence={name!r} compares whole rows of classes, but the teacher's signal is sparse. Choose "
             f"one of {', '.join(MERGEABLE)}, or a teacher that gives logits or hidden states.",
         )
+    for option, message in sparse_problems(args):
+        report.add(option, message)
     for option, value in _temperatures(trainer).items():
-        if value != signal.temperature:
+        if value == "auto":
+            report.add(
+                option,
+                f"{option}='auto' looks for a temperature, but the teacher's sparse signal is at "
+                f"{signal.temperature:g}; set {option}={signal.temperature:g}.",
+            )
+        elif isinstance(value, float | int) and value != signal.temperature:
             report.add(
                 option,
                 f"{option}={value:g}, but the teacher's sparse signal is at temperature "
@@ -81,7 +90,7 @@ def check_sparse(
     _check_ids(trainer, signal, classes, report)
 
 
-def _temperatures(trainer: DistillationTrainer) -> dict[str, float]:
+def _temperatures(trainer: DistillationTrainer) -> dict[str, float | str]:
     """Every temperature that the teacher's softmax takes in a run, by the option that says so."""
     args = trainer.args
     if args.teacher_temperature is not None:

@@ -23,19 +23,35 @@ from .losses.needs import needs_of
 from .options import as_mapping
 from .processors import PixelMap, align_processors
 from .students.memory import VOCABULARY
-from .teachers.models import TEACHER_PREFIX, ModelTeacher
+from .teachers.ensemble import Ensemble
+from .teachers.models import TEACHER_PREFIX, ModelTeacher, forward_parameters
 
 if TYPE_CHECKING:
     from .trainer import DistillationTrainer
 
 
 def match_classes(trainer: DistillationTrainer) -> ClassMap:
-    """How the teacher's classes correspond to the student's.
+    """How the teacher's classes correspond to the student's; members of an ensemble are mapped one by one.
 
     Raises:
         AlignmentError: If they don't.
     """
     teacher = trainer.teacher
+    if not isinstance(teacher, Ensemble):
+        return _match(trainer, teacher)
+    for member in teacher.members:
+        member.classes = _match(trainer, member.teacher)
+    found = [member.classes for member in teacher.members]
+    if any(classes.unlike for classes in found):
+        raise AlignmentError(
+            f"teachers: divergence={trainer.args.divergence!r} compares unlike vocabularies, which have no "
+            "classes in common to average over; use one teacher."
+        )
+    teacher.shared = min((c.shared for c in found if c.shared is not None), default=None)
+    return ClassMap(shared=teacher.shared, notes=tuple(dict.fromkeys(n for c in found for n in c.notes)))
+
+
+def _match(trainer: DistillationTrainer, teacher: Any) -> ClassMap:
     # A teacher that is no model may describe its classes in a `config` of its own.
     described: Any = teacher.model if isinstance(teacher, ModelTeacher) else teacher
     student_config, teacher_config = (getattr(m, "config", None) for m in (trainer.student, described))
@@ -46,7 +62,7 @@ def match_classes(trainer: DistillationTrainer) -> ClassMap:
     if trainer.task.name not in VOCABULARY_TASKS:
         return align_labels(student_config, teacher_config)
     sizes = _vocab_size(trainer.student), _vocab_size(described)
-    processors = trainer.processing_class, trainer.teacher_processing_class or _processor_beside(described)
+    processors = trainer.processing_class, _teacher_processor(trainer, described)
     kept = _trimmed(trainer)
     if kept is not None and isinstance(teacher, ModelTeacher):
         return align_trimmed(kept, sizes, *processors)
@@ -73,17 +89,25 @@ def _trimmed(trainer: DistillationTrainer) -> list[int] | None:
     return getattr(getattr(trainer.student, "config", None), VOCABULARY, None)
 
 
-def match_inputs(trainer: DistillationTrainer) -> PixelMap | None:
-    """What the teacher does to the student's pixels before it reads them; None: nothing.
+def match_inputs(trainer: DistillationTrainer) -> None:
+    """Find what each teacher does to the student's pixels before it reads them, and have it done.
 
     Raises:
-        AlignmentError: If the two models' inputs differ in a way that can't be undone, and the data has no
+        AlignmentError: If two models' inputs differ in a way that can't be undone, and the data has no
             `teacher_` columns.
     """
     teacher = trainer.teacher
-    if not isinstance(teacher, ModelTeacher) or any(c.startswith(TEACHER_PREFIX) for c in _columns(trainer)):
+    teachers = [m.teacher for m in teacher.members] if isinstance(teacher, Ensemble) else [teacher]
+    for one in teachers:
+        if isinstance(one, ModelTeacher):
+            one.pixels = _pixels(trainer, one)
+
+
+def _pixels(trainer: DistillationTrainer, teacher: ModelTeacher) -> PixelMap | None:
+    own = (prefix + name for prefix in teacher.prefixes for name in forward_parameters(teacher.model))
+    if set(own) & set(_columns(trainer)):
         return None
-    processors = trainer.processing_class, _teacher_processor(trainer, teacher)
+    processors = trainer.processing_class, _teacher_processor(trainer, teacher.model)
     kept = _trimmed(trainer)
     if kept is not None:
         config: Any = teacher.model.config
@@ -101,8 +125,11 @@ def match_inputs(trainer: DistillationTrainer) -> PixelMap | None:
     return align_processors(*processors)
 
 
-def _teacher_processor(trainer: DistillationTrainer, teacher: ModelTeacher) -> Any:
-    return trainer.teacher_processing_class or _processor_beside(teacher.model)
+def _teacher_processor(trainer: DistillationTrainer, model: Any) -> Any:
+    given = trainer.teacher_processing_class
+    if isinstance(trainer.teacher, Ensemble):
+        return _processor_beside(model) or given  # which of them is meant, nobody said
+    return given or _processor_beside(model)
 
 
 def _vocab_size(model: nn.Module) -> int:

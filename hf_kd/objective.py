@@ -25,6 +25,7 @@ from .losses.needs import Needs, needs_of
 from .losses.tiles import SparseTeacher
 from .losses.vectors import VECTOR_LOSSES
 from .sparse import SPARSE_STATISTICS, SparseReader, sparse_names
+from .targets import Target
 from .tasks import Supervision, Task
 from .tasks.base import full_precision, row_of, take
 from .teachers.signal import SparseSignal
@@ -111,6 +112,7 @@ class Objective:
         divergence_name: What the divergence was chosen by, if it was a name.
         divergence_options: Its parameters.
         estimator: How a sparse signal is read: its certain entries and the tail, or its draws.
+        target: How dense logits are corrected and positions weighted before they are compared.
     """
 
     task: Task
@@ -120,6 +122,7 @@ class Objective:
     divergence_name: str = ""
     divergence_options: Mapping[str, Any] = field(default_factory=dict)
     estimator: Callable[[SparseSignal], SparseTeacher] = SparseSignal.tail
+    target: Target = Target()
 
     def __call__(
         self,
@@ -189,7 +192,11 @@ class Objective:
         t = self.classes.teacher(logits_of(answer)).detach()
         if self.task.kind != "classes":
             return (self.distance(z, t) * weight).sum()
-        values = self.compare(z, t, self._labels_of(supervision, index), **temperatures)
+        labels = self._labels_of(supervision, index)
+        if self.target.changes:
+            t = self.target.logits(t, labels)
+            weight = weight * self.target.weights(t, labels)
+        values = self.compare(z, t, labels, **temperatures)
         return (values * weight).sum() * mix.temperature**2
 
     def compare(

@@ -24,6 +24,11 @@ CACHE_MISS_NAMES = ("error", "compute")
 RELATION_NAMES = ("qq", "kk", "vv")
 #: Losses on layers, each with an option `<name>_weight`.
 FEATURE_WEIGHTS = ("hidden", "attention", "relation", "embedding", "last_hidden")
+SELF_TEACHER_NAMES = ("ema", "frozen", "adapters_off")
+ENSEMBLE_WEIGHTING_NAMES = ("fixed", "learned", "confidence")
+QUANTIZATION_NAMES = ("int8-dynamic", "bnb-8bit", "bnb-4bit")
+CORRECTION_NAMES = ("none", "swap", "drop")
+KD_WEIGHTING_NAMES = ("none", "confidence", "entropy")
 DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16", "float64")
 
 
@@ -54,7 +59,9 @@ class DistillationOptions:
     alpha: float = _option(0.5, "weight of distillation, 0 to 1; at 1 no labels are needed")
     alpha_end: float | None = _option(None, "value of alpha at the end of training")
     alpha_schedule: str = _option("constant", "path from alpha to alpha_end: constant, linear, cosine")
-    temperature: float = _option(2.0, "softens both distributions; the term is scaled by T^2")
+    temperature: float | str = _option(
+        2.0, "softens both distributions; the term is scaled by T^2; or auto: measured"
+    )
     temperature_end: float | None = _option(None, "temperature at the end of training")
     temperature_schedule: str = _option("constant", "path to temperature_end: constant, linear, cosine")
     teacher_temperature: float | None = _option(None, "temperature of the teacher, if another")
@@ -87,6 +94,23 @@ class DistillationOptions:
     teacher_cache: str | None = _option(None, "directory or Hub id of what the teacher said (hf-kd cache)")
     cache_miss: str = _option("error", "a row that the cache lacks: error, compute (ask the teacher)")
     teacher_revision: str | None = _option(None, "branch, tag or commit of the teacher on the Hub")
+    teacher_quantization: str | None = _option(
+        None, "int8-dynamic (on the CPU), bnb-8bit, bnb-4bit (need bitsandbytes)"
+    )
+    teacher_calibration: bool = _option(False, "divide its logits by what fits validation labels best")
+    target_correction: str = _option("none", "where it contradicts a label: none, swap, drop")
+    kd_weighting: str = _option("none", "weight of a position, by its certainty: none, confidence, entropy")
+    ensemble_weighting: str = _option("fixed", "of several teachers: fixed, learned, confidence")
+    ensemble_weights: list[float] | None = _option(None, "weight of each (default: equal)")
+    ensemble_temperature: float = _option(1.0, "temperature at which their probabilities are averaged")
+    ensemble_offload: bool = _option(False, "keep them in CPU memory, one on the device at a time")
+    teacher_routes: dict[str, Any] | str | None = _option(
+        None, """one teacher a row, by column teacher_id: '{"17": 0, "23": 1}'"""
+    )
+    self_teacher: str | None = _option(None, "the student's own: ema, frozen (its start), adapters_off")
+    self_teacher_dropout: bool = _option(False, "leave its dropout on: another view of each row")
+    ema_decay: float = _option(0.999, "share of the moving average that a step keeps")
+    ema_decay_end: float | None = _option(None, "that share at the end, reached by a cosine")
     server_model: str | None = _option(None, "name of the model on the server that teacher=http... names")
     server_format: str = _option("vllm", "how that server answers: vllm, openai, sglang, llama.cpp")
     server_top_k: int = _option(20, "tokens per position that it is asked for")
@@ -115,10 +139,6 @@ class DistillationOptions:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 found.append(f"{name}={value} is outside [0, 1]: it is a weight, set e.g. {name}=0.5")
-        for name in ("temperature", "temperature_end", "teacher_temperature"):
-            value = getattr(self, name)
-            if value is not None and not (0.0 < value < math.inf):
-                found.append(f"{name}={value} is not above 0 and finite: set e.g. {name}=2.0")
         if self.kl_threshold is not None and not self.kl_threshold > 0.0:
             found.append(f"kl_threshold={self.kl_threshold} is never reached: set a small positive number")
         if self.fused_chunk_mib < 1:
@@ -132,14 +152,20 @@ class DistillationOptions:
             ("sparse_estimator", SPARSE_ESTIMATOR_NAMES),
             ("teacher_dtype", (*DTYPE_NAMES, None)),
             ("cache_miss", CACHE_MISS_NAMES),
+            ("teacher_quantization", (*QUANTIZATION_NAMES, None)),
+            ("self_teacher", (*SELF_TEACHER_NAMES, None)),
+            ("ensemble_weighting", ENSEMBLE_WEIGHTING_NAMES),
+            ("target_correction", CORRECTION_NAMES),
+            ("kd_weighting", KD_WEIGHTING_NAMES),
         ):
             value = getattr(self, name)
             if value not in known:
                 found.append(f"{name}={value!r} is not known: use one of {', '.join(filter(None, known))}")
-        found += _mapping_problems(self, ("divergence_options",))
+        found += _mapping_problems(self, ("divergence_options", "teacher_routes"))
         if self.cache_miss == "compute" and not self.teacher_cache:
             found.append("cache_miss='compute' has no effect without teacher_cache: set it, or drop this")
         found += self._schedule_problems() + self._server_problems()
+        found += self._teacher_problems() + self._ensemble_problems()
         return found + _feature_problems(self)
 
     def _schedule_problems(self) -> list[str]:
@@ -153,6 +179,64 @@ class DistillationOptions:
                 )
             if schedule in ("linear", "cosine") and end is None:
                 found.append(f"{name}_schedule={schedule!r} has nowhere to go: set {name}_end")
+        return found
+
+    def _temperature_problems(self) -> list[str]:
+        found = []
+        for name in ("temperature", "temperature_end", "teacher_temperature"):
+            value = getattr(self, name)
+            if value is None or (name == "temperature" and value == "auto"):
+                continue
+            if isinstance(value, str) or not 0.0 < value < math.inf:
+                found.append(f"{name}={value} is not above 0 and finite: set e.g. {name}=2.0")
+        return found
+
+    def _teacher_problems(self) -> list[str]:
+        found = self._temperature_problems()
+        if self.temperature == "auto" and self.temperature_schedule != "constant":
+            found.append(
+                f"temperature='auto' with temperature_schedule={self.temperature_schedule!r}: both say the "
+                "temperature; set temperature_schedule='constant', or temperature to a number"
+            )
+        for name in ("ema_decay", "ema_decay_end"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                found.append(f"{name}={value} is outside [0, 1]: it is a share, set e.g. 0.999")
+        if self.self_teacher is not None and self.teacher_cache:
+            found.append(
+                f"teacher_cache={self.teacher_cache!r} with self_teacher={self.self_teacher!r}: what changes "
+                "or is at hand can't be read from a cache; drop one"
+            )
+        if self.self_teacher is None and self.self_teacher_dropout:
+            found.append("self_teacher_dropout=True with self_teacher=None: name one, or drop the dropout")
+        if self.self_teacher is not None and self.teacher_quantization is not None:
+            found.append(
+                f"teacher_quantization={self.teacher_quantization!r} with "
+                f"self_teacher={self.self_teacher!r}: the student's own weights stay as they are; drop one"
+            )
+        return found
+
+    def _ensemble_problems(self) -> list[str]:
+        found = []
+        if not 0.0 < self.ensemble_temperature < math.inf:
+            found.append(f"ensemble_temperature={self.ensemble_temperature} is not above 0: set e.g. 1")
+        if self.teacher_routes is not None and isinstance(self.teacher_routes, Mapping):
+            try:
+                self.teacher_routes = {str(int(k)): int(v) for k, v in self.teacher_routes.items()}
+            except (TypeError, ValueError):
+                found.append(
+                    f"teacher_routes={self.teacher_routes} must map whole numbers to teachers' numbers"
+                )
+            if self.ensemble_weights is not None or self.ensemble_weighting != "fixed":
+                found.append(
+                    f"teacher_routes={self.teacher_routes} asks one teacher a row, so "
+                    f"ensemble_weights={self.ensemble_weights} and "
+                    f"ensemble_weighting={self.ensemble_weighting!r} have no effect: drop them"
+                )
+        if self.ensemble_weighting == "learned" and self.ensemble_weights is not None:
+            found.append(
+                f"ensemble_weights={self.ensemble_weights} with ensemble_weighting='learned': keep one"
+            )
         return found
 
     def _server_problems(self) -> list[str]:
@@ -175,6 +259,9 @@ class RunOptions:
     """Models and data of one run from the command line; the Python API takes objects instead."""
 
     teacher: str | None = _option(None, "Hub id or directory of the teacher")
+    teachers: list[str] | None = _option(
+        None, "instead: several, averaged or routed; the first is compared with, and cut"
+    )
     student: str | None = _option(None, "Hub id or directory of a student")
     student_layers: int | None = _option(None, "or: a student cut from the teacher, with this many layers")
     student_config: dict[str, Any] | str | None = _option(
@@ -211,9 +298,23 @@ class RunOptions:
     max_train_samples: int | None = _option(None, "use only this many training rows")
     max_eval_samples: int | None = _option(None, "use only this many evaluation and test rows")
 
+    def _several_problems(self) -> list[str]:
+        """What is wrong with `teachers`; the first of them becomes `teacher`."""
+        found: list[str] = []
+        if not self.teachers:
+            return found
+        if self.teacher not in (None, self.teachers[0]):
+            found.append(f"teacher={self.teacher!r} and teachers={self.teachers}: keep one")
+        if len(self.teachers) < 2:
+            found.append(f"teachers={self.teachers} names one: use teacher, or name a second")
+        if self.train_teacher:
+            found.append("train_teacher=True trains one teacher, not teachers: train them one by one")
+        self.teacher = self.teachers[0]
+        return found
+
     def run_problems(self) -> list[str]:
         """Every problem of these options, each with the option's name, its value and the fix."""
-        found: list[str] = []
+        found = self._several_problems()
         if self.teacher and self.teacher_config:
             found.append(f"teacher={self.teacher!r} and teacher_config={self.teacher_config}: keep one")
         if not self.teacher and not self.teacher_config:

@@ -25,6 +25,7 @@ from hf_kd.pages import write_html
 from hf_kd.publish import publish
 from hf_kd.results import Results
 from hf_kd.setting import Setting, alone, load, wiring, with_trained_teacher
+from hf_kd.settling import describe_target
 from hf_kd.teachers.server import is_address
 from hf_kd.trainer import DistillationTrainer
 
@@ -64,6 +65,9 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
     trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint, args.folder))
     trainer.save_model(args.output_dir)
     models = {"teacher": setting.teacher, "student": trainer.accelerator.unwrap_model(trainer.model)}
+    if trainer.settled is not None and trainer.settled.weights is not None:
+        learned: dict[str, Any] = {"ensemble_weighting": "fixed", "ensemble_weights": trainer.settled.weights}
+        setting = dataclasses.replace(setting, args=dataclasses.replace(args, **learned))
     steps = trainer.state.global_step, trainer.state.max_steps
     history = _numbers(trainer.state.log_history)
     del trainer
@@ -114,7 +118,10 @@ def check(run: RunOptions, args: DistillationArguments, *, launch: str) -> list[
         return served_run.check(run, args)
     setting = load(run, args)
     console = setting.console
-    found = checks.inspect(distiller(setting), teacher_is_trained=not setting.untrained)
+    trainer = distiller(setting)
+    found = checks.inspect(trainer, teacher_is_trained=not setting.untrained)
+    if not found.problems and not found.sparse and not setting.untrained:
+        found.facts += describe_target(trainer)
     found.render(console)
     if setting.untrained:
         console.print("The teacher is trained on the task first.")
@@ -138,10 +145,11 @@ def refuse_problems(setting: Setting) -> None:
 
 def distiller(setting: Setting) -> DistillationTrainer:
     """The trainer that the run is about."""
+    wanted = setting.args.needs_teacher and setting.args.self_teacher is None
     trainer = DistillationTrainer(
         setting.student,
         setting.args,
-        teacher=setting.teacher if setting.args.needs_teacher else None,
+        teacher=setting.teaching if wanted else None,
         task=setting.run.task,
         teacher_processing_class=setting.teacher_processor,
         **wiring(setting.data, setting.processor),

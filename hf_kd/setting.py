@@ -25,6 +25,7 @@ from hf_kd.options import RunOptions, as_mapping, raise_problems, without_featur
 from hf_kd.records import write_text
 from hf_kd.students import init_student
 from hf_kd.tasks import TASKS
+from hf_kd.teachers.quantise import loading_options
 from hf_kd.trainer import DistillationTrainer
 
 TRAINED_FILE = "trained.json"
@@ -63,6 +64,7 @@ class Setting:
         teacher_processor: The teacher's.
         data: Rows, collator and metrics, with labels in the student's order.
         teacher_data: The same with labels in the teacher's order.
+        others: Further teachers, where there are several.
         untrained: Whether the teacher is still to be trained; see `with_trained_teacher`.
     """
 
@@ -75,7 +77,13 @@ class Setting:
     teacher_processor: Any
     data: Prepared
     teacher_data: Prepared
+    others: tuple[PreTrainedModel, ...] = ()
     untrained: bool = False
+
+    @property
+    def teaching(self) -> PreTrainedModel | list[PreTrainedModel]:
+        """The teacher, or all of them."""
+        return [self.teacher, *self.others] if self.others else self.teacher
 
 
 def load(run: RunOptions, args: DistillationArguments) -> Setting:
@@ -120,6 +128,10 @@ def load(run: RunOptions, args: DistillationArguments) -> Setting:
         teacher_processor=teacher_processor,
         data=teacher_data if same else prepared(student, processor, teacher_processor),
         teacher_data=teacher_data,
+        others=tuple(
+            load_model(name, run.task, role="teachers", **_teacher_loading(args))  # type: ignore[misc]
+            for name in (run.teachers or [])[1:]
+        ),
         untrained=run.train_teacher and left is None,
     )
 
@@ -138,6 +150,13 @@ def _load_named(run: RunOptions, args: DistillationArguments) -> tuple[DatasetDi
         name = getattr(run, option)
         if name:
             attempt(partial(check_path, name, option))
+    for name in (run.teachers or [])[1:]:
+        attempt(partial(check_path, name, "teachers"))
+    if args.teacher_quantization not in (None, "int8-dynamic") and not run.student:
+        problems.append(
+            f"teacher_quantization={args.teacher_quantization!r} loads the teacher in few bits, of which no "
+            "student can be made: set student to a checkpoint"
+        )
     task = run.task
     if task is None and run.teacher:
         shared = {"revision": args.teacher_revision, "trust_remote_code": args.trust_remote_code}
@@ -175,12 +194,14 @@ def load_teacher(
     if labels is not None:
         head = _head(names or [str(i) for i in range(labels.count)], labels.problem_type)
     return load_model(  # type: ignore[return-value]
-        run.teacher, run.task, role="teacher", new_head=True, **_teacher_loading(args), **head
+        run.teacher, run.task, role="teacher", new_head=True, **_teacher_loading(args, trained=True), **head
     )
 
 
-def _teacher_loading(args: DistillationArguments) -> dict[str, Any]:
+def _teacher_loading(args: DistillationArguments, *, trained: bool = False) -> dict[str, Any]:
+    """How a teacher is loaded; one that is trained first is loaded in full precision."""
     return {
+        **({} if trained else loading_options(args.teacher_quantization)),
         "dtype": args.teacher_dtype,
         "device_map": args.teacher_device_map,
         "revision": args.teacher_revision,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,12 @@ from .projection import Projection
 from .records import TEACHER_FILE, check_teacher, write_options, write_teacher
 from .rows import ROW, RowCollator, RowDataset
 from .schedules import schedule
+from .settling import Settled
 from .students import memory
+from .targets import Target
 from .tasks import TEXT_ENDS, Batch, Supervision, Task, resolve_task
-from .teachers import ModelTeacher, Teacher, resolve_teacher
+from .teachers import EMATeacher, Teacher, resolve_teacher
+from .teachers.selves import EMACallback
 from .terms import TermLog
 
 logger = logging.getLogger(__name__)
@@ -67,7 +70,8 @@ class DistillationTrainer(Trainer):
     Args:
         model: The student: a model, or a Hub id or directory.
         args: The options; see `DistillationArguments`.
-        teacher: A model, a Hub id or directory, or any `Teacher`. None is accepted with `alpha=0` only.
+        teacher: A model, a Hub id or directory, any `Teacher`, or several of them. None is accepted with
+            `alpha=0` or a `self_teacher` only.
         task: What kind of head the two have: a name in `TASKS`, a `Task`, or None to find out from the
             student's class.
         teacher_processing_class: The teacher's tokenizer, if it may be another one than `processing_class`;
@@ -101,7 +105,7 @@ class DistillationTrainer(Trainer):
         model: PreTrainedModel | nn.Module | str | None = None,
         args: DistillationArguments | None = None,
         *,
-        teacher: nn.Module | Teacher | str | None = None,
+        teacher: nn.Module | Teacher | str | Sequence[Any] | None = None,
         task: str | Task | None = None,
         teacher_processing_class: Any = None,
         **kwargs: Any,
@@ -132,8 +136,7 @@ class DistillationTrainer(Trainer):
         classes = ClassMap()
         try:
             classes = match_classes(self)
-            if isinstance(self.teacher, ModelTeacher):
-                self.teacher.pixels = match_inputs(self)
+            match_inputs(self)
         except AlignmentError as error:
             # Reported with every other problem when training or evaluation starts.
             self.alignment_problem = error
@@ -144,6 +147,8 @@ class DistillationTrainer(Trainer):
             classes=classes,
             label_smoothing=args.label_smoothing_factor,
         )
+        self.objective = replace(self.objective, target=Target(args.target_correction, args.kd_weighting))
+        self.settled: Settled | None = None  # temperature, calibration and weights that are measured
         for note in classes.notes:
             logger.warning(note)
         self.pair = Pair(self.student, self.teacher, self.task, device=args.device)
@@ -164,6 +169,8 @@ class DistillationTrainer(Trainer):
         self.terms = TermLog()
         self._eval_sums: Tensor | None = None
         self.add_callback(FiniteLossCallback(self))
+        if isinstance(self.teacher, EMATeacher):
+            self.add_callback(EMACallback(self, self.teacher))
         if args.kl_threshold is not None:
             self.add_callback(KLThresholdCallback(args.kl_threshold))
 
@@ -183,11 +190,13 @@ class DistillationTrainer(Trainer):
         args = self.args
         total = self.state.max_steps or args.max_steps
         progress = min(self.state.global_step / total, 1.0) if total and total > 0 else 0.0
-        temperature = schedule(args.temperature_schedule, args.temperature, args.temperature_end, progress)
+        settled = self.settled or Settled()
+        start = settled.temperature or (1.0 if args.temperature == "auto" else float(args.temperature))
+        temperature = schedule(args.temperature_schedule, start, args.temperature_end, progress)
         return Mix(
             alpha=schedule(args.alpha_schedule, args.alpha, args.alpha_end, progress),
             temperature=temperature,
-            teacher_temperature=args.teacher_temperature or temperature,
+            teacher_temperature=(args.teacher_temperature or temperature) * settled.calibration,
         )
 
     @property
@@ -222,6 +231,10 @@ class DistillationTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.distils and self.teacher is not None:
             check_teacher(Path(resume_from_checkpoint) / TEACHER_FILE, self.teacher.identity)
+        if isinstance(self.teacher, EMATeacher):
+            self.teacher.load(Path(resume_from_checkpoint))
+        if self.settled is not None:
+            self.settled = (Settled.load(Path(resume_from_checkpoint)) or self.settled).apply(self.teacher)
         if self.args.sparse_estimator == "auto":
             self.estimator = Estimator.load(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -378,6 +391,8 @@ class DistillationTrainer(Trainer):
     def _fusion_obstacle(self) -> str | None:
         if self.compute_loss_func is not None:
             return "compute_loss_func reads logits."
+        if self.objective.target.changes:
+            return "target_correction and kd_weighting read whole rows of the teacher."
         if self.args.torch_compile:
             return "torch_compile compiles the head too (compile the body instead: model.model.compile())."
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
@@ -474,6 +489,10 @@ class DistillationTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             write_options(folder, self)
+            if _internal_call and isinstance(self.teacher, EMATeacher):
+                self.teacher.save(folder)
+            if _internal_call and self.settled is not None:
+                self.settled.save(folder)
             if _internal_call and self.estimator is not None:
                 self.estimator.save(folder)
             if _internal_call and self.projections:

@@ -20,6 +20,7 @@ from hf_kd.data.spans import allowed_tokens, question_rows
 from hf_kd.data.text import sequence_rows, token_rows
 from hf_kd.metrics import LOWER_IS_BETTER, Compute, default_metrics, keep_top_class, make_compute_metrics
 from hf_kd.options import RunOptions
+from hf_kd.teachers.ensemble import TEACHER_ID
 
 _PREPARE: dict[str, Callable[..., Any]] = {
     "sequence-classification": sequence_rows,
@@ -150,7 +151,12 @@ def _prepare_split(rows: Dataset, name: str, context: Context) -> Any:
         if limit is not None and len(made) < limit and len(part) < len(rows):
             made = _PREPARE[context.task](rows, context, **masked)
         return made if limit is None or limit >= len(made) else made.select(range(limit))
-    return _PREPARE[context.task](_some_rows(rows, limit), context)
+    part = _some_rows(rows, limit)
+    made = _PREPARE[context.task](part, context)
+    # Which teacher answers for a row, where a row stays one row.
+    if TEACHER_ID in part.column_names and len(made) == len(part) and isinstance(made, Dataset):
+        made = made.add_column(TEACHER_ID, part[TEACHER_ID][:])
+    return made
 
 
 def _enough_text(rows: Dataset, limit: int | None, context: Context) -> Dataset:

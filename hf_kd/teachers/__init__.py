@@ -11,7 +11,10 @@ from ..tasks import TASKS, Task
 from .cache import CachedTeacher
 from .cache.make import tokenizer_hash
 from .cache.opening import open_cache
-from .models import ModelTeacher
+from .ensemble import Ensemble
+from .models import ModelTeacher, fingerprint
+from .quantise import loading_options, quantise
+from .selves import AdaptersOffTeacher, EMATeacher, FrozenTeacher, self_teacher
 from .server import ServedTeacher, is_address, served_teacher
 from .signal import SparseSignal, Teacher, TeacherSignal
 
@@ -19,7 +22,11 @@ if TYPE_CHECKING:
     from ..config import DistillationArguments
 
 __all__ = [
+    "AdaptersOffTeacher",
     "CachedTeacher",
+    "EMATeacher",
+    "Ensemble",
+    "FrozenTeacher",
     "ModelTeacher",
     "ServedTeacher",
     "SparseSignal",
@@ -35,7 +42,8 @@ def resolve_teacher(
     """The teacher of a run: a name is loaded, a model is frozen and placed, a `Teacher` is taken as it is.
 
     Args:
-        teacher: A name, the address of a server (`http://...`), a model, or a `Teacher`.
+        teacher: A name, the address of a server (`http://...`), a model, or a `Teacher`; or a list of them,
+            which are averaged, or routed where `teacher_routes` says so.
         task: The head.
         args: The options.
         student: The student.
@@ -43,8 +51,15 @@ def resolve_teacher(
 
     Raises:
         ValueError: If alpha wants a teacher and there is none, or it is something else, or the student
-            itself.
+            itself; or if options of several teachers are given for one.
     """
+    if args.self_teacher is not None:
+        if teacher is not None:
+            raise ValueError(
+                f"self_teacher={args.self_teacher!r} makes the student its own teacher, but teacher= is "
+                "given too: keep one."
+            )
+        return self_teacher(args.self_teacher, student, task.logits, args) if args.needs_teacher else None
     if args.teacher_cache and args.needs_teacher:
         return _from_cache(teacher, task, args, student=student, processor=processor)
     return _live(teacher, task, args, student=student, processor=processor)
@@ -58,9 +73,55 @@ def _live(
         if args.needs_teacher:
             raise ValueError(
                 f"alpha={args.alpha} or a loss on layers gives the teacher a weight, but teacher=None. Pass "
-                "a teacher."
+                "a teacher, or set self_teacher."
             )
         return None
+    if isinstance(teacher, list | tuple):
+        # In its own place each is loaded; an ensemble that is offloaded has none on the device.
+        members = [
+            _resolve(one, task, args, student, processor, place=not args.ensemble_offload) for one in teacher
+        ]
+        routes = args.teacher_routes
+        return Ensemble(
+            members,
+            task,
+            weights=args.ensemble_weights,
+            weighting=args.ensemble_weighting,
+            temperature=args.ensemble_temperature,
+            routes=None if not isinstance(routes, dict) else {int(k): int(v) for k, v in routes.items()},
+            offload=args.ensemble_offload,
+            device=args.device,
+        )
+    if not isinstance(teacher, Ensemble):
+        _refuse_ensemble_options(args)
+    return _resolve(teacher, task, args, student, processor)
+
+
+def _refuse_ensemble_options(args: DistillationArguments) -> None:
+    neutral = {
+        "ensemble_weights": None,
+        "ensemble_weighting": "fixed",
+        "ensemble_temperature": 1.0,
+        "ensemble_offload": False,
+        "teacher_routes": None,
+    }
+    for name, value in neutral.items():
+        if getattr(args, name) != value:
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} is about several teachers, but there is one: pass a list "
+                f"(teachers on the command line), or drop {name}."
+            )
+
+
+def _resolve(
+    teacher: Any,
+    task: Task,
+    args: DistillationArguments,
+    student: nn.Module,
+    processor: Any,
+    *,
+    place: bool = True,
+) -> Teacher:
     if is_address(teacher):
         return served_teacher(teacher, args, task=task, student=student, tokenizer=processor)
     if isinstance(teacher, str):
@@ -72,11 +133,13 @@ def _live(
             device_map=args.teacher_device_map,
             revision=args.teacher_revision,
             trust_remote_code=args.trust_remote_code,
+            **loading_options(args.teacher_quantization),
         )
     if isinstance(teacher, nn.Module):
         if teacher is student:
             raise ValueError(
-                "teacher and model are the same object, which would freeze the student; pass a copy."
+                "teacher and model are the same object, which would freeze the student; pass a copy, or set "
+                "self_teacher."
             )
         trained = {id(p) for p in student.parameters() if p.requires_grad}
         if any(id(p) in trained for p in teacher.parameters()):
@@ -84,7 +147,15 @@ def _live(
                 "teacher shares trainable parameters with the student, which would freeze them; pass a copy "
                 "(copy.deepcopy) as the teacher."
             )
-        return ModelTeacher(teacher, task.logits, device=args.device, revision=args.teacher_revision)
+        device = args.device if place else None
+        if args.teacher_quantization is None:
+            return ModelTeacher(teacher, task.logits, device=device, revision=args.teacher_revision)
+        quantised = quantise(teacher, args.teacher_quantization, args.device)
+        # Packed weights are no tensors: the weights that they were made of tell one teacher from another.
+        made = f"{fingerprint(teacher)} {args.teacher_quantization}"
+        return ModelTeacher(
+            quantised, task.logits, device=device, revision=args.teacher_revision, fingerprint=made
+        )
     if not isinstance(teacher, Teacher):
         raise ValueError(
             f"teacher is a {type(teacher).__name__}; pass a model, a path or id, or an object with "

@@ -43,6 +43,8 @@ def fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue  # quantised modules keep settings among their weights
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         if tensor.device.type == "meta" or tensor.numel() == 0:
             continue
@@ -63,6 +65,7 @@ class ModelTeacher:
         device: Where to put it.
         name: What to call it in checkpoints; default: the model's `name_or_path`.
         revision: The revision that it was loaded at, if any.
+        fingerprint: Of its weights, where they can't be read any more (packed by quantisation).
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class ModelTeacher:
         device: torch.device | None = None,
         name: str | None = None,
         revision: str | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         """Freeze and place the model."""
         self.model = model.eval().requires_grad_(False)
@@ -87,7 +91,10 @@ class ModelTeacher:
         self.pixels: Callable[[Tensor], Tensor] | None = None
         #: The teacher's id of each of the student's tokens, where the student's vocabulary was trimmed.
         self.tokens: Tensor | None = None
+        #: Of columns that are this teacher's own, the first that is there wins.
+        self.prefixes: tuple[str, ...] = (TEACHER_PREFIX,)
         self._parameters = forward_parameters(model)
+        self._fingerprint = fingerprint
         self._identity: dict[str, str] | None = None
 
     @property
@@ -97,32 +104,29 @@ class ModelTeacher:
             self._identity = {
                 "name": self.name,
                 "revision": str(self.revision),
-                "fingerprint": fingerprint(self.model),
+                "fingerprint": self._fingerprint or fingerprint(self.model),
             }
         return dict(self._identity)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The arguments of the model's forward, plain and with the `teacher_` prefix."""
-        return (*self._parameters, *(TEACHER_PREFIX + name for name in self._parameters))
+        own = (prefix + name for prefix in self.prefixes for name in self._parameters)
+        return (*self._parameters, *own)
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The part of a batch that this model's forward declares; its own `teacher_` columns win."""
-        own = {
-            name: batch.get(TEACHER_PREFIX + name, batch.get(name))
-            for name in self._parameters
-            if name in batch or TEACHER_PREFIX + name in batch
-        }
+        own = {}
+        for name in self._parameters:
+            found = next((p + name for p in (*self.prefixes, "") if p + name in batch), None)
+            if found is not None:
+                own[name] = batch[found]
+            if self.pixels is not None and found == name == "pixel_values":
+                own[name] = self.pixels(batch[name])
         if self.tokens is not None:
             for name in ("input_ids", "decoder_input_ids"):
-                if name in batch and name in own and TEACHER_PREFIX + name not in batch:
+                if name in own and own[name] is batch.get(name):
                     own[name] = self.tokens.to(batch[name].device)[batch[name]]
-        if (
-            self.pixels is not None
-            and "pixel_values" in batch
-            and TEACHER_PREFIX + "pixel_values" not in batch
-        ):
-            own["pixel_values"] = self.pixels(batch["pixel_values"])
         if "use_cache" in self._parameters:
             # A key-value cache would be built for every batch and thrown away.
             own["use_cache"] = False
@@ -131,7 +135,15 @@ class ModelTeacher:
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> TeacherSignal:
         """Run the model on its own columns of the batch, without autograd and without dropout."""
-        if self.model.training:
+        return self._ask(batch)
+
+    def _ask(self, batch: Mapping[str, Any], *, dropout: bool = False) -> TeacherSignal:
+        if dropout:
+            self.model.train()
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()  # its running statistics would drift
+        elif self.model.training:
             self.model.eval()
         inputs = {
             name: self._cast(value) if isinstance(value, Tensor) else value

@@ -263,7 +263,7 @@ def served_teacher(
     for name, value in asked.items():
         if value != 1.0:
             raise ValueError(
-                f"{name}={value:g}, but a server gives log-probabilities at temperature 1, and a few of them "
+                f"{name}={value}, but a server gives log-probabilities at temperature 1, and a few of them "
                 f"can't be brought to another one: that takes the whole softmax. Set {name}=1."
             )
     return ServedTeacher(
