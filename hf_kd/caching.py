@@ -216,11 +216,17 @@ def _parse(command: str, argv: Sequence[str]) -> tuple[Asked, RunOptions, Distil
         raise ValueError(
             f"teacher_cache={args.teacher_cache!r} is for runs that read a cache: leave it out here"
         )
+    temperature = args.teacher_temperature or args.temperature
+    if isinstance(temperature, str):
+        raise ValueError(
+            f"temperature={temperature!r} is measured when a run starts, but a sparse cache is made at one "
+            "temperature: set a number (hf-kd check says which)"
+        )
     settings = CacheSettings(
         fidelity=own.cache_fidelity,
         entries=own.cache_entries,
         bits=own.cache_bits,
-        temperature=args.teacher_temperature or args.temperature,
+        temperature=temperature,
         dtype=own.cache_dtype,
     )
     return (
