@@ -5,8 +5,8 @@
 
 Times are CPU time of the process (wall time says little on a shared machine), medians of interleaved
 repeats, and as ratios to the floor: the four matrix products that no method can avoid, measured in the
-same run. Memory is the peak of the whole process beyond its inputs and the gradients, each method in a
-process of its own. Liger and TRL are measured if they are installed (`pip install hf-kd[bench]`); TRL
+same run. Memory is the peak of the whole process during a call, beyond what it held before (the inputs)
+and the gradients. Liger and TRL are measured if they are installed (`pip install hf-kd[bench]`); TRL
 has no cross-entropy, so it does less work.
 """
 
@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,8 +181,10 @@ def _status(field: str) -> int:
 
 def measure_once(case: Case, method: str) -> dict[str, float]:
     """CPU and wall seconds of one call, and its peak resident bytes beyond the inputs and the gradients."""
-    METHODS[method](Case(16, 4096, case.widths, dtype=case.dtype))  # libraries loaded
-    case.room(min(512, case.tokens) if "floor" in method else 0)
+    case.hidden.grad = case.weight.grad = None
+    gc.collect()
+    if "floor" in method:
+        case.room(min(512, case.tokens))
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     wall, cpu = time.perf_counter(), time.process_time()
@@ -192,20 +193,15 @@ def measure_once(case: Case, method: str) -> dict[str, float]:
     return {"seconds": cpu, "wall": wall, "bytes": _status("VmHWM") - before - case.gradients()}
 
 
-def measure(arguments: argparse.Namespace, methods: list[str]) -> dict[str, list[dict[str, float]]]:
-    """What each method takes, each call in a process of its own; the repeats of all are interleaved."""
+def measure(case: Case, methods: list[str], repeats: int) -> dict[str, list[dict[str, float]]]:
+    """What each call takes; the repeats of all methods are interleaved."""
     out: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
-    for _ in range(arguments.repeats):
+    for method in methods:  # libraries are loaded
+        METHODS[method](Case(16, 4096, case.widths, dtype=case.dtype))
+    for _ in range(repeats):
         for method in methods:
-            command = [sys.executable, __file__, "--once", method, "--tokens", str(arguments.tokens)]
-            command += ["--vocabulary", str(arguments.vocabulary), "--widths", arguments.widths]
-            command += ["--threads", str(arguments.threads), "--dtype", arguments.dtype]
-            command += ["--masked", str(arguments.masked), *(["--frozen"] if arguments.frozen else [])]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode == 0:
-                out[method].append(json.loads(done.stdout.splitlines()[-1]))
-            else:
-                print(f"{method}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+            out[method].append(measure_once(case, method))
+            print(f"{method:28}{out[method][-1]['seconds']:12.3f} s", flush=True)
     return out
 
 
@@ -264,7 +260,7 @@ def plot(path: Path) -> None:
 
 
 def main() -> None:
-    """Measure one size, or one method's peak, and print; `--save` adds it to the results."""
+    """Measure one size and print; `--save` adds it to the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -277,7 +273,6 @@ def main() -> None:
     parser.add_argument("--masked", type=float, default=0.0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--frozen", action="store_true", help="the student's head gets no gradient")
-    parser.add_argument("--once", default=None, help="print one call of this method, and nothing else")
     parser.add_argument("--save", default=None, help="file under benchmarks/results to append to")
     parser.add_argument("--plot", default=None, help="draw what a file under benchmarks/results holds")
     arguments = parser.parse_args()
@@ -294,12 +289,8 @@ def main() -> None:
         getattr(torch, arguments.dtype),
     )
     case.weight.requires_grad_(not arguments.frozen)
-    if arguments.once:
-        print(json.dumps(measure_once(case, arguments.once)))
-        return
-    del case
     methods = list(DEFAULT) if arguments.methods is None else arguments.methods.split(";")
-    found = measure(arguments, methods)
+    found = measure(case, methods, arguments.repeats)
     base = None
     rows = []
     for method, calls in found.items():

@@ -176,7 +176,7 @@ def test_any_combination_of_options(data):
     options = {
         "divergence": kind, "divergence_options": kind_options,
         "alpha": draw(st.sampled_from([0.0, 0.3, 1.0])),
-        "temperature": draw(st.sampled_from([0.3, 0.5, 1.0, 1.7, 2.0, 4.0])),
+        "temperature": draw(st.sampled_from([0.05, 0.3, 0.5, 1.0, 1.7, 2.0, 4.0, 20.0])),
         "teacher_temperature": draw(st.sampled_from([None, 1.0, 3.0])),
         "label_smoothing": draw(st.sampled_from([0.0, 0.1])),
         "z_loss": draw(st.sampled_from([0.0, 1e-3])),
@@ -184,6 +184,62 @@ def test_any_combination_of_options(data):
     }  # fmt: skip
     teacher = problem.teacher(draw(st.sampled_from(["hidden", "dense"])))
     assert_equal(problem.fused(teacher, **options), problem.oracle(**options), 1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_any_combination_in_lower_precision(data):
+    """Traps 7 and 8: inputs in fp32, bf16 or fp16 equal the oracle of the same rounded numbers."""
+    draw = data.draw
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    kind, kind_options = draw(st.sampled_from(KINDS))
+    problem = Problem(
+        n=draw(st.sampled_from([1, 17, 40])), v=draw(st.sampled_from([97, 301])),
+        seed=draw(st.integers(0, 5)), teacher_v=301, std=draw(st.sampled_from([0.5, 3.0])),
+        unlabelled=draw(st.sampled_from([0.0, 0.5])),
+    )  # fmt: skip
+    problem.hidden = problem.hidden.to(dtype).double()
+    problem.teacher_hidden = problem.teacher_hidden.to(dtype).double()
+    problem.head = cast(cast(problem.head, dtype), torch.float64)
+    problem.teacher_head = cast(cast(problem.teacher_head, dtype), torch.float64)
+    options = {
+        "divergence": kind, "divergence_options": kind_options,
+        "alpha": draw(st.sampled_from([0.0, 0.5, 1.0])),
+        "temperature": draw(st.sampled_from([1.0, 1.7, 2.0, 8.0])),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1])),
+    }  # fmt: skip
+    (out, grads), (loss, wanted) = problem.fused(dtype=dtype, **options), problem.oracle(**options)
+    assert abs(out.loss.double() - loss) <= 3e-6 * max(1.0, abs(float(loss)))
+    for grad, want in zip(grads, wanted, strict=True):
+        # What cannot be avoided: the gradient itself is rounded to the dtype of its input.
+        rounding = (want.to(dtype).double() - want).norm() if dtype != torch.float32 else 0.0
+        assert (grad.double() - want).norm() <= 1.05 * rounding + 5e-6 * max(float(want.norm()), 1e-3)
+
+
+def test_chunks_of_sixteen(monkeypatch):
+    """A number of tokens that is no multiple of what products like: whole chunks, then what is left."""
+    monkeypatch.setattr(tiles, "_MAX_TOKENS", 40)
+    problem = Problem(n=75)
+    assert_equal(problem.fused(), problem.oracle(), 1e-10)
+
+
+@pytest.mark.parametrize("near", [1e-3, 1e-2, 1.0])
+def test_jensen_shannon_where_some_rows_are_almost_equal(near):
+    """Trap 8: rows near convergence keep their digits beside rows that are far from it."""
+    problem = Problem(n=8, v=601, teacher_v=601, h=16, teacher_h=16, std=3.0, unlabelled=0.0)
+    problem.teacher_head = problem.head
+    g = torch.Generator().manual_seed(1)
+    change = torch.randn(problem.hidden.shape, generator=g, dtype=torch.float64)
+    change[::2] *= near
+    problem.teacher_hidden = problem.hidden + change
+    for part in ("hidden", "teacher_hidden"):
+        setattr(problem, part, getattr(problem, part).float().double())
+    problem.head = problem.teacher_head = cast(cast(problem.head, torch.float32), torch.float64)
+    problem.weights.zero_()[0] = 1
+    options = {"divergence": "jsd", "alpha": 1.0, "temperature": 1.0}
+    (out, grads), (loss, wanted) = problem.fused(dtype=torch.float32, **options), problem.oracle(**options)
+    assert out.loss.item() == pytest.approx(float(loss), rel=2e-2, abs=1e-12)
+    assert (grads[0].double() - wanted[0]).norm() <= 1e-2 * wanted[0].norm() + 1e-9
 
 
 def test_dense_teacher_with_masked_entries_is_not_edited():

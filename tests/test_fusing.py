@@ -149,3 +149,24 @@ def test_frozen_head(tmp_path: Path) -> None:
     _, grads = step(tmp_path, head, student, teacher, rows, fused="on")
     assert "lm_head.weight" not in grads
     assert_same(grads, oracle(head, student, teacher, rows)[1])
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_compiled_body(tmp_path: Path, accumulation: int) -> None:
+    """`torch.compile` of what is below the output layer leaves the fused loss's gradient as it is."""
+    head = HEADS["causal-lm"]
+    student, teacher = models(head)
+    student.model.compile(backend="aot_eager")  # type: ignore[operator, union-attr]
+    rows = rows_of(head, 8)
+    _, grads = step(
+        tmp_path, head, student, teacher, rows, fused="on", gradient_accumulation_steps=accumulation
+    )
+    assert_same(grads, oracle(head, *models(head), rows)[1])
+
+
+def test_sharded_by_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 has the output layer in pieces when the loss is computed: dense, or an error that says so."""
+    made = trainer("causal-lm", tmp_path, fused="on")
+    monkeypatch.setattr(made, "is_deepspeed_enabled", True)
+    with pytest.raises(ValueError, match="fused='on' is not possible: DeepSpeed .*in pieces"):
+        made.compute_loss(made.model, next(iter(made.get_train_dataloader())))
