@@ -44,6 +44,29 @@ gradient_accumulation_steps warmup_steps weight_decay lr_scheduler_type bf16 see
 save_strategy load_best_model_at_end resume_from_checkpoint use_cpu report_to
 """.split()
 
+TRAINING_TITLE = "Training: every option of transformers.TrainingArguments, such as"
+
+# Options of ours that a run either needs many of or none: the help names them, `--help-all` describes them.
+SPECIAL = {
+    "Layers compared as well (docs/features.md; described by --help-all)": """
+hidden_weight hidden_loss attention_weight attention_loss relation_weight relations relation_heads
+embedding_weight last_hidden_weight layer_map
+""".split(),
+    "What is distilled of what the teacher says (docs/targets.md, docs/signals.md)": """
+teacher_calibration target_correction kd_weighting sparse_estimator
+""".split(),
+    "Evaluation on text that the student generates": """
+predict_with_generate generation_max_length generation_num_beams
+""".split(),
+    "Several teachers, or the student's own (docs/teachers.md)": """
+teachers ensemble_weighting ensemble_weights ensemble_temperature ensemble_offload teacher_routes self_teacher
+self_teacher_dropout ema_decay ema_decay_end
+""".split(),
+    "A teacher on a server (docs/served.md)": """
+server_model server_format server_top_k server_concurrency server_timeout server_retries server_api_key_env
+""".split(),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -240,20 +263,23 @@ def help_text(command: str) -> str:
         "",
         "Models and data",
         *_option_lines(RunOptions),
-        "",
-        "Training: every option of transformers.TrainingArguments (--help-all lists them), such as",
     ]
-    names = " ".join(f"--{name}" for name in TRAINING)
-    indent = "  "
-    lines += textwrap.wrap(
-        names, 108, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-    )
+    lines.append("")
+    for title, named in {**SPECIAL, TRAINING_TITLE: TRAINING}.items():
+        names = " ".join(f"--{name}" for name in named)
+        wrapped = textwrap.wrap(
+            names, 108, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+        )
+        lines += [title, *wrapped]
     return "\n".join(lines) + "\n"
 
 
 def _option_lines(cls: type) -> list[str]:
     lines = []
+    special = {name for names in SPECIAL.values() for name in names}
     for field in dataclasses.fields(cls):
+        if field.name in special:
+            continue
         default = "" if field.default is None else f" [{str(field.default).lower()}]"
         lines.append(f"  --{field.name + default:<32} {field.metadata['help']}")
     return lines

@@ -262,8 +262,9 @@ def served_teacher(
         asked["temperature_end"] = args.temperature_end
     for name, value in asked.items():
         if value != 1.0:
+            shown = value if isinstance(value, str) else f"{value:g}"
             raise ValueError(
-                f"{name}={value}, but a server gives log-probabilities at temperature 1, and a few of them "
+                f"{name}={shown}, but a server gives log-probabilities at temperature 1, and a few of them "
                 f"can't be brought to another one: that takes the whole softmax. Set {name}=1."
             )
     return ServedTeacher(
