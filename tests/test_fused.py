@@ -268,7 +268,7 @@ def test_equal_models_give_nothing(kind):
 
 @pytest.mark.parametrize("kind", FUSED_DIVERGENCES)
 @pytest.mark.parametrize("step", [1e-1, 6e-4])
-def test_digits_near_convergence(kind, step):
+def test_digits_near_convergence(kind, step, monkeypatch):
     """Trap 8: relative error of 1e-2 where the KL is 2e-7, in fp32 at logits of std 10, and never below 0."""
     problem = Problem(std=10.0, n=64, v=3001, teacher_v=3001, h=32, teacher_h=32, unlabelled=0.0)
     problem.teacher_hidden = problem.hidden
@@ -283,9 +283,14 @@ def test_digits_near_convergence(kind, step):
     found, wanted = problem.fused(dtype=torch.float32, **options), problem.oracle(**options)
     assert found[0].loss >= 0
     assert found[0].loss.item() == pytest.approx(float(wanted[0]), rel=1e-2)
-    # Total variation's slope is a sign: it is open where the logits differ by no more than their rounding.
+    # Total variation's slope is a sign, open where logits differ by no more than their rounding, and tiles of
+    # a few classes round the two models' products differently. Tiles as large as in use have no such excuse.
     bound = 5e-2 if kind == "tvd" else 2e-2
     assert (found[1][0].double() - wanted[1][0]).norm() <= bound * wanted[1][0].norm()
+    for name, value in (("_TILE_BYTES", 1 << 21), ("_MAX_TOKENS", 512), ("_MIN_TOKENS", 8)):
+        monkeypatch.setattr(tiles, name, value)
+    whole = problem.fused(dtype=torch.float32, **options)[1][0].double()
+    assert (whole - wanted[1][0]).norm() <= 2e-2 * wanted[1][0].norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
