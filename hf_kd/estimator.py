@@ -11,7 +11,15 @@ signal does not show, but whose products can be estimated without bias:
 
 The last line: a class drawn with probability `p / tau` at weight tau has the variance `p (tau - p)`, of which
 `tau (tau - p)` in each draw is the estimate of Horvitz and Thompson (1952); the signs make products between
-classes vanish on average, so that |R|^2 sums the variances in the space of the parameters. Then
+classes vanish on average, so that |R|^2 sums the variances in the space of the parameters.
+
+The draws may be controlled (`SparseTeacher.control`, c below): what is added has no expectation, and turns
+each weight w into w (1 - c q / p). So G_D and R are linear in c, as (1 - c) of that at 0 and c of that at 1;
+G_D has the same mean at every c, and sigma^2 is least at
+
+    c = <R_0, R_0 - R_1> / |R_0 - R_1|^2.
+
+A student from scratch gets a c near 0, one near its teacher a c near 1. With G_D and sigma at that c,
 
     cos(tail) = <G_T, G_D> / (|G_T| |G|),    tan(draws) = sigma / |G|.
 
@@ -49,8 +57,8 @@ ESTIMATOR_FILE = "sparse_estimator.json"
 #: Positions that a gradient is taken to be averaged over.
 HORIZON = 2048
 _MOST_BATCHES = 32
-# Gradients of more parameters than these, from the last ones on, are not compared: three of them are held.
-_MOST_PARAMETERS = 1 << 28
+# Gradients of more parameters than these, from the last ones on, are not compared: seven of them are held.
+_MOST_PARAMETERS = 1 << 27
 _SIGNS = 2
 
 
@@ -63,16 +71,19 @@ class Estimator:
         angle_tail: Degrees between the gradient with the tail's mass and the full one; None: not measured.
         angle_draws: The same of the draws, over `HORIZON` positions.
         positions: What it was measured on.
+        control: Of the draws: see `SparseTeacher`.
     """
 
     name: str
     angle_tail: float | None = None
     angle_draws: float | None = None
     positions: int = 0
+    control: float = 0.0
 
     def apply(self, objective: Objective) -> Objective:
         """The same objective, reading signals this way."""
-        readings = {"tail": SparseSignal.tail, "draws": SparseSignal.draws}
+        draws = partial(SparseSignal.draws, control=self.control) if self.control else SparseSignal.draws
+        readings = {"tail": SparseSignal.tail, "draws": draws}
         return replace(objective, estimator=readings[self.name])
 
     def save(self, folder: Path) -> None:
@@ -97,15 +108,17 @@ def settle(trainer: DistillationTrainer) -> Estimator:
         return Estimator("tail")  # the signal has no draws
     logger.warning(
         "sparse_estimator='auto' takes %r: over %d positions its gradient is nearer to the full one (tail "
-        "%.1f degrees, draws %.1f; measured on %d positions).",
+        "%.1f degrees, draws with control %.2g %.1f; measured on %d positions).",
         measured.name,
         HORIZON,
         measured.angle_tail,
+        measured.control,
         measured.angle_draws,
         measured.positions,
     )
     assert measured.angle_tail is not None and measured.angle_draws is not None
-    trainer.log({"sparse_angle_tail": measured.angle_tail, "sparse_angle_draws": measured.angle_draws})
+    angles_found = {"sparse_angle_tail": measured.angle_tail, "sparse_angle_draws": measured.angle_draws}
+    trainer.log({**angles_found, "sparse_control": measured.control})
     return measured
 
 
@@ -113,9 +126,12 @@ def measure(trainer: DistillationTrainer) -> Estimator | None:
     """Both angles on some training batches, in evaluation mode; None if the signal has no draws."""
     student, training = trainer.student, trainer.student.training
     parameters = _parameters(student)
-    generator = torch.Generator().manual_seed(trainer.args.seed)
     readings: list[Callable[[SparseSignal], SparseTeacher]] = [SparseSignal.tail, SparseSignal.draws]
-    readings += [partial(random_signs, generator=generator)] * _SIGNS
+    readings.append(partial(SparseSignal.draws, control=1.0))
+    for sign in range(_SIGNS):
+        # The same signs without control and with it.
+        seeds = [torch.Generator().manual_seed(_SIGNS * trainer.args.seed + sign) for _ in range(2)]
+        readings += [partial(random_signs, generator=g, control=float(c)) for c, g in enumerate(seeds)]
     sums = [[torch.zeros_like(p, dtype=torch.float32) for p in parameters] for _ in readings]
     positions = 0.0
     student.eval()
@@ -132,15 +148,31 @@ def measure(trainer: DistillationTrainer) -> Estimator | None:
                 break
     finally:
         student.train(training)
-    tail, draws, *signs = sums
-    noise = torch.stack([_product(one, one) for one in signs]).mean()
-    values = torch.stack([_product(tail, tail), _product(draws, draws), _product(tail, draws), noise])
+    values = products(sums[0], (sums[1], sums[2]), list(zip(sums[3::2], sums[4::2], strict=True)))
     return angles(trainer.accelerator.reduce(values, reduction="mean"), int(positions))
 
 
-def random_signs(signal: SparseSignal, *, generator: torch.Generator) -> SparseTeacher:
+Gradient = list[Tensor]
+
+
+def products(
+    tail: Gradient, draws: tuple[Gradient, Gradient], signs: list[tuple[Gradient, Gradient]]
+) -> Tensor:
+    """What `angles` is told, of gradients at control 0 and 1.
+
+    Returns:
+        `|G_T|^2`; `<G_T, G_D>` of both; `|G_D|^2` at 0, the product of both, `|G_D|^2` at 1; the same of R.
+    """
+    values = [_product(tail, tail), *(_product(tail, one) for one in draws)]
+    for pairs in ([draws], signs):
+        squares = [torch.stack([_product(a, a), _product(a, b), _product(b, b)]) for a, b in pairs]
+        values += [*torch.stack(squares).mean(0)]
+    return torch.stack(values)
+
+
+def random_signs(signal: SparseSignal, *, generator: torch.Generator, control: float = 0.0) -> SparseTeacher:
     """What the draws add to the gradient by chance: weights whose gradient has the variance of theirs."""
-    draws = signal.draws()
+    draws = signal.draws(control)
     assert signal.log_tau is not None
     log_tau = signal.log_tau.unsqueeze(-1)
     spread = (2 * log_tau).exp() - (log_tau + signal.log_probs).exp()
@@ -150,14 +182,25 @@ def random_signs(signal: SparseSignal, *, generator: torch.Generator) -> SparseT
 
 
 def angles(sums: Tensor, positions: int) -> Estimator:
-    """The choice, from `|G_T|^2, |G_D|^2, <G_T, G_D>, |R|^2` of gradients summed over some positions."""
-    tail, draws, both, noise = sums.tolist()
+    """The choice, from gradients summed over some positions.
+
+    Args:
+        sums: The nine of `products`.
+        positions: How many.
+    """
+    tail, both_0, both_1, *squares = sums.tolist()
+    noise_0, noise_01, noise_1 = squares[3:]
+    taken = noise_0 - 2 * noise_01 + noise_1
+    control = min(max((noise_0 - noise_01) / taken, 0.0), 1.0) if taken > 0 else 0.0
+    shares = ((1 - control) ** 2, 2 * control * (1 - control), control**2)
+    draws, noise = (sum(map(math.prod, zip(shares, x, strict=True))) for x in (squares[:3], squares[3:]))
     full = max(draws - noise, 1e-6 * draws, 1e-30)
+    both = (1 - control) * both_0 + control * both_1
     cosine = both / math.sqrt(tail * full) if tail > 0 else 0.0
     angle_tail = math.degrees(math.acos(min(max(cosine, -1.0), 1.0)))
-    angle_draws = math.degrees(math.atan(math.sqrt(noise / full * positions / HORIZON)))
+    angle_draws = math.degrees(math.atan(math.sqrt(max(noise, 0.0) / full * positions / HORIZON)))
     name = "draws" if angle_draws < angle_tail else "tail"
-    return Estimator(name, angle_tail, angle_draws, positions)
+    return Estimator(name, angle_tail, angle_draws, positions, control)
 
 
 def _gradients(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_kd import DistillationTrainer, SparseSignal
-from hf_kd.estimator import ESTIMATOR_FILE, HORIZON, Estimator, angles, measure
+from hf_kd.estimator import ESTIMATOR_FILE, HORIZON, Estimator, angles, measure, random_signs
+from hf_kd.losses import forward_kl
+from hf_kd.losses.entries import sparse_divergence
+from hf_kd.losses.fused import fused_distillation
+from hf_kd.losses.tiles import LOG_MOST_RATIO, Head
 from hf_kd.objective import Counts, Mix, select
 from hf_kd.sample import _spread, sample_batches
 
@@ -95,8 +101,8 @@ def degrees(a: Tensor, b: Tensor) -> float:
     return math.degrees(math.acos(min(1.0, float(cosine))))
 
 
-@pytest.mark.parametrize("distance,name", [(None, "draws"), (0.1, "draws"), (0.02, "tail")])
-def test_angles_are_those_of_the_full_teacher(tmp_path: Path, distance: float | None, name: str) -> None:
+@pytest.mark.parametrize("distance", [None, 0.1, 0.02])
+def test_angles_are_those_of_the_full_teacher(tmp_path: Path, distance: float | None) -> None:
     """Trap 12: both angles, estimated from the sparse signal alone, agree with the full gradient's."""
     made = trainer(tmp_path, distance)
     measured = measure(made)
@@ -107,15 +113,17 @@ def test_angles_are_those_of_the_full_teacher(tmp_path: Path, distance: float | 
     full = gradient(made, lambda x: teacher.inner(x).logits["logits"].flatten(0, 1), batches, None)
     tail = gradient(made, lambda x: teacher(x).sparse.flat(), batches, SparseSignal.tail)
     noise = []
+    draws = partial(SparseSignal.draws, control=measured.control)
     for seed in range(1, 9):
         teacher.seed = seed
-        drawn = gradient(made, lambda x: teacher(x).sparse.flat(), batches, SparseSignal.draws)
+        drawn = gradient(made, lambda x: teacher(x).sparse.flat(), batches, draws)
         noise.append(float((drawn - full).norm() ** 2 / full.norm() ** 2))
     expected = math.degrees(math.atan(math.sqrt(sum(noise) / len(noise) * measured.positions / HORIZON)))
-    # Where noise is most of what the draws say, the full gradient's norm is known less well.
-    assert measured.angle_tail == pytest.approx(degrees(tail, full), abs=4.0 if name == "draws" else 8.0)
+    assert measured.angle_tail == pytest.approx(degrees(tail, full), abs=4.0)
     assert measured.angle_draws == pytest.approx(expected, rel=0.25)
-    assert measured.name == name == ("draws" if expected < degrees(tail, full) else "tail")
+    assert measured.name == ("draws" if expected < degrees(tail, full) else "tail")
+    # From scratch there is nothing that a control could undo; near the teacher it undoes most of the noise.
+    assert measured.control < 0.3 if distance is None else measured.control > 0.6
 
 
 def test_dense_path_measures_the_same(tmp_path: Path) -> None:
@@ -140,13 +148,14 @@ def test_auto_is_measured_logged_and_kept(tmp_path: Path, caplog: pytest.LogCapt
     made = trainer(tmp_path, max_steps=2, **options)
     made.train()
     assert made.estimator is not None and made.estimator.name == "draws"
-    assert made.objective.estimator is SparseSignal.draws
+    assert made.objective.estimator.keywords == {"control": made.estimator.control}
     lines = [
         r.getMessage() for r in caplog.records if "sparse_estimator='auto' takes 'draws'" in r.getMessage()
     ]
     assert len(lines) == 1
     logged = [x for x in made.state.log_history if "sparse_angle_tail" in x]
     assert logged[0]["sparse_angle_draws"] == pytest.approx(made.estimator.angle_draws)
+    assert 0 < made.estimator.control == pytest.approx(logged[0]["sparse_control"])
     path = tmp_path / "checkpoint-2" / ESTIMATOR_FILE
     record = json.loads(path.read_text())
     assert Estimator(**record) == made.estimator
@@ -191,13 +200,131 @@ def test_sharded_students_are_not_measured(tmp_path: Path, monkeypatch: pytest.M
 
 def test_angles_at_their_ends() -> None:
     """A tail without any certain entry says nothing; draws that are all noise are at a right angle."""
-    nothing = angles(torch.tensor([0.0, 2.0, 0.0, 1.0]), HORIZON)
-    assert nothing.name == "draws"
+    nothing = angles(torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0]), HORIZON)
+    assert nothing.name == "draws" and nothing.control == 0.0
     assert nothing.angle_tail == pytest.approx(90.0)
     assert nothing.angle_draws == pytest.approx(45.0)
-    noise = angles(torch.tensor([1.0, 2.0, 1.0, 3.0]), HORIZON)
-    assert noise.name == "tail"
+    noise = angles(torch.tensor([1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 3.0, 4.0, 6.0]), HORIZON)
+    assert noise.name == "tail" and noise.control == 0.0
     assert noise.angle_draws is not None and noise.angle_draws > 89
+    # R at 0 and 1: (1, 1) and (-1, 1), so that a half of each is (0, 1), with half the noise.
+    quiet = angles(torch.tensor([1.0, 1.0, 3.0, 2.0, 2.0, 2.0, 2.0, 0.0, 2.0]), 4 * HORIZON)
+    assert quiet.control == pytest.approx(0.5)
+    assert quiet.angle_draws == pytest.approx(math.degrees(math.atan(2.0)))
+    assert quiet.angle_tail == pytest.approx(0.0)
+    assert angles(torch.tensor([1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 0.5, 0.1]), HORIZON).control == 1.0
+
+
+# ---- controlled draws ----
+
+CLASSES, CERTAIN, TAU = 10, 2, 0.09
+PROBABILITIES = torch.tensor(
+    [0.31, 0.24, 0.085, 0.08, 0.075, 0.07, 0.06, 0.04, 0.03, 0.01], dtype=torch.float64
+)
+
+
+def every_draw() -> tuple[SparseSignal, Tensor]:
+    """All choices of classes that can be drawn, and how likely each is: classes are drawn independently."""
+    tail = CLASSES - CERTAIN
+    chosen = torch.tensor(list(itertools.product((False, True), repeat=tail)))
+    share = PROBABILITIES[CERTAIN:] / TAU
+    chance = torch.where(chosen, share, 1 - share).prod(-1)
+    ids = torch.arange(CLASSES).expand(len(chosen), CLASSES).clone()
+    ids[:, CERTAIN:].masked_fill_(~chosen, -1)
+    count, size = len(chosen), torch.ones(len(chosen), dtype=torch.float64)
+    signal = SparseSignal(
+        ids, PROBABILITIES.log().expand(count, CLASSES), PROBABILITIES[CERTAIN:].sum().log() * size,
+        certain=torch.full((count,), CERTAIN), log_tau=math.log(TAU) * size,
+    )  # fmt: skip
+    return signal, chance
+
+
+def student_logits(distance: float) -> Tensor:
+    """`[C]` of a student that far from the probabilities above, in nats."""
+    noise = torch.randn(CLASSES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return PROBABILITIES.log() + distance * noise
+
+
+def dense_gradients(z: Tensor, signal: SparseSignal, control: float) -> tuple[Tensor, Tensor]:
+    """`[N]` values and `[N, C]` gradients, one row for each choice."""
+    logits = z.expand(len(signal.ids), CLASSES).clone().requires_grad_()
+    values = sparse_divergence(logits, signal.draws(control), forward_kl, temperature=1.0)
+    (gradients,) = torch.autograd.grad(values.sum(), logits)
+    return values.detach(), gradients
+
+
+@pytest.mark.parametrize("control", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("distance", [0.3, 1.0])
+def test_controlled_draws_are_right_on_average(control: float, distance: float) -> None:
+    """Trap 12: over all choices that can be drawn, value and gradient are those of KL."""
+    signal, chance = every_draw()
+    z = student_logits(distance)
+    log_q, log_p = z.log_softmax(-1), PROBABILITIES.log()
+    kl, full = (PROBABILITIES * (log_p - log_q)).sum(), log_q.exp() - PROBABILITIES
+    values, gradients = dense_gradients(z, signal, control)
+    torch.testing.assert_close((chance * values).sum(), kl, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(chance @ gradients, full, rtol=1e-11, atol=1e-12)
+
+
+def test_control_takes_noise_out_near_the_teacher() -> None:
+    """The variance over all choices falls near the teacher, and is least at the control that is derived."""
+    signal, chance = every_draw()
+
+    def noise(distance: float, control: float) -> float:
+        z = student_logits(distance)
+        gradients = dense_gradients(z, signal, control)[1]
+        full = z.softmax(-1) - PROBABILITIES
+        return float(chance @ (gradients - full).square().sum(-1))
+
+    assert noise(0.1, 1.0) < 0.05 * noise(0.1, 0.0)
+    # R of the weights' standard deviations with random signs, whose square has the variance for its mean.
+    z, pairs = student_logits(0.7), []
+    for control in (0.0, 1.0):
+        generator = torch.Generator().manual_seed(0)
+        logits = z.expand(len(signal.ids), CLASSES).clone().requires_grad_()
+        teacher = random_signs(signal, generator=generator, control=control)
+        values = sparse_divergence(logits, teacher, forward_kl, temperature=1.0)
+        pairs.append(torch.autograd.grad(values.sum(), logits)[0])
+    (zero, one), nothing = pairs, [0.0] * 6
+    mean = [float(chance @ (a * b).sum(-1)) for a, b in ((zero, zero), (zero, one), (one, one))]
+    best = angles(torch.tensor([*nothing, *mean]), HORIZON).control
+    assert 0.3 < best < 1.0
+    assert noise(0.7, best) < 0.6 * noise(0.7, 0.0)
+    assert min(noise(0.7, best - 0.2), noise(0.7, min(1.0, best + 0.2))) > 0.98 * noise(0.7, best)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_fused_controlled_draws_are_the_dense_ones(temperature: float) -> None:
+    """Value and gradient agree, and a draw that the student likes 32 times as much is left as it was."""
+    signal, chance = every_draw()
+    z = student_logits(1.0) * temperature
+    z[-1] += 6.0 * temperature
+    inputs = z.expand(len(chance), CLASSES).clone().requires_grad_()
+    head = Head(torch.eye(CLASSES, dtype=torch.float64))
+    out = fused_distillation(
+        inputs, head, teacher=signal.draws(0.8), alpha=1.0, temperature=temperature,
+        kd_weights=chance, kd_count=torch.ones((), dtype=torch.float64),
+    )  # fmt: skip
+    out.loss.backward()
+    values, gradients = dense_gradients(z / temperature, signal, 0.8)
+    torch.testing.assert_close(out.kd_sum, (chance * values).sum(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        inputs.grad, temperature * chance.unsqueeze(-1) * gradients, rtol=1e-9, atol=1e-12
+    )
+    last = signal.ids[:, -1] >= 0
+    others = dense_gradients(z / temperature, signal.map(lambda x: x[last]), 0.0)[1][:, -1]
+    log_q = (z / temperature).log_softmax(-1)
+    assert log_q[-1] - PROBABILITIES[-1].log() > LOG_MOST_RATIO
+    assert bool((gradients[last][:, -1] < others).all()) and bool(gradients.abs().amax() < 32 * TAU)
+
+
+def test_control_needs_draws() -> None:
+    """A tail has nothing to be controlled, and an infinite factor is none."""
+    signal, _ = every_draw()
+    with pytest.raises(ValueError, match=r"control=0\.5 takes chance out of draws"):
+        replace(signal.tail(), control=0.5)
+    with pytest.raises(ValueError, match="control=nan"):
+        signal.draws(math.nan)
 
 
 @pytest.mark.parametrize("count,size,most", [(10, 4, 3), (48, 8, 32), (100, 7, 5), (3, 8, 4), (0, 4, 2)])

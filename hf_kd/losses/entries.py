@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .divergences import Divergence, forward_kl
 from .projected import head_logits
-from .tiles import Head, HiddenTeacher, SparseTeacher
+from .tiles import LOG_MOST_RATIO, Head, HiddenTeacher, SparseTeacher
 
 # Stands for log 0 where only one side is 0: exp underflows, and a product with 0 is still 0.
 _LOG_ZERO = -800.0
@@ -134,6 +134,7 @@ def rows_of(teacher: SparseTeacher, rows: slice | Tensor) -> SparseTeacher:
         teacher.log_probs[rows],
         None if tail is None else tail[rows],
         None if weights is None else weights[rows],
+        teacher.control,
     )
 
 
@@ -142,7 +143,12 @@ def _against_draws(logits: Tensor, teacher: SparseTeacher, weights: Tensor, temp
     log_q = (logits / temperature).log_softmax(-1).gather(-1, teacher.ids.long().clamp_min(0))
     gap = teacher.log_probs.to(log_q.dtype) - log_q.clamp_min(_LOG_ZERO)
     # An infinite log-probability of what isn't there would make 0 * inf.
-    return (weights.to(log_q.dtype) * gap.masked_fill(~counts, 0.0)).masked_fill(~counts, 0.0).sum(-1)
+    gap = gap.masked_fill(~counts, 0.0)
+    weights = weights.to(log_q.dtype).masked_fill(~counts, 0.0)
+    if not teacher.control:
+        return (weights * gap).sum(-1)
+    ratio = (-gap).clamp_max(LOG_MOST_RATIO).exp()
+    return (weights * (gap + teacher.control * ratio)).sum(-1) - teacher.control
 
 
 def _with_tail(logits: Tensor, teacher: SparseTeacher, temperature: float) -> tuple[Tensor, Tensor]:

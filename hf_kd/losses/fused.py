@@ -264,6 +264,7 @@ def _flatten_teacher(teacher: Teacher | None, rows: torch.Size, classes: int) ->
             _flatten("teacher.log_probs", teacher.log_probs, rows),
             None if tail is None else _flatten("teacher.log_tail", tail, rows),
             None if weights is None else _flatten("teacher.weights", weights, rows),
+            teacher.control,
         )
     return None
 

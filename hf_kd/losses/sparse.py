@@ -16,7 +16,7 @@ from .buffers import Buffers
 from .divergences import Divergence
 from .slopes import Entries
 from .statistics import Statistics
-from .tiles import Projection, SparseTeacher, power
+from .tiles import LOG_MOST_RATIO, Projection, SparseTeacher, power
 
 # Stands for log 0 where only one side is 0: exp underflows even in float64, and a product with 0 is still 0.
 _LOG_ZERO = -800.0
@@ -41,6 +41,7 @@ class SparseRows:
     log_tail: Tensor | None
     weights: Tensor | None
     present: Tensor
+    control: float = 0.0
 
     @staticmethod
     def of(teacher: SparseTeacher, rows: Tensor) -> SparseRows:
@@ -53,7 +54,7 @@ class SparseRows:
         ]
         assert pick[0] is not None
         weights = None if pick[2] is None else pick[2] * present
-        return SparseRows(ids.clamp_min(0), pick[0], pick[1], weights, present)
+        return SparseRows(ids.clamp_min(0), pick[0], pick[1], weights, present, teacher.control)
 
 
 def sparse_terms(
@@ -95,11 +96,13 @@ def sparse_terms(
     teacher_best = signal.ids.gather(1, best).squeeze(1)
     if signal.weights is not None:
         gap = torch.where(signal.weights != 0, signal.log_p - log_q, torch.zeros_like(log_q))
-        drawn = -kd.unsqueeze(1) * signal.weights
-        elements = (rows.reshape(-1), signal.ids.reshape(-1), drawn.reshape(-1))
-        return SparseTerms(
-            (signal.weights * gap).sum(-1), kd * signal.weights.sum(-1), elements, teacher_best
-        )
+        value, weights = (signal.weights * gap).sum(-1), signal.weights
+        if signal.control:
+            chance = signal.control * weights * (-gap).clamp_max(LOG_MOST_RATIO).exp()
+            value = value + chance.sum(-1) - signal.control
+            weights = weights - chance.masked_fill(-gap > LOG_MOST_RATIO, 0.0)
+        elements = (rows.reshape(-1), signal.ids.reshape(-1), (-kd.unsqueeze(1) * weights).reshape(-1))
+        return SparseTerms(value, kd * weights.sum(-1), elements, teacher_best)
 
     assert signal.log_tail is not None
     keep = signal.present.reshape(-1)

@@ -15,6 +15,9 @@ from torch import Tensor
 
 __all__ = ["DenseTeacher", "Head", "HiddenTeacher", "SparseTeacher"]
 
+#: A draw of which the student thinks far more often than the teacher would outweigh all others: 3.5 nats.
+LOG_MOST_RATIO = math.log(32)
+
 # Two MiB a thread stay in cache and keep barriers far apart; on an accelerator, launches should be few.
 _TILE_BYTES = 1 << 21
 _ACCELERATOR_TILE_BYTES = 1 << 25
@@ -93,12 +96,18 @@ class SparseTeacher:
         weights: `[..., k]` what each entry stands for: its probability if it is there for certain; for a
             draw, what makes the expectation the probability (tau, for one kept with probability `p / tau`).
             Classes may repeat.
+        control: With weights, how much of a term without expectation is added to quieten the draws:
+            `control * (sum_i w_i q_i / p_i - 1)`, of the student's q. Its value and its gradient are 0 on
+            average, because `w_i / p_i` is one over the probability of having drawn i and q sums to 1; where
+            q is near p they undo most of what the draws add by chance. Entries with q above 32 p, which are
+            rare and would shake a step, are left out of it. 0: none.
     """
 
     ids: Tensor
     log_probs: Tensor
     log_tail: Tensor | None = None
     weights: Tensor | None = None
+    control: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse a signal that would have to be renormalised, which turns the gradient."""
@@ -107,6 +116,11 @@ class SparseTeacher:
                 "A SparseTeacher needs either log_tail (mass of all other classes) or weights (unbiased "
                 f"draws); got {'neither' if self.log_tail is None else 'both'}. Where the entries are all "
                 "classes, log_tail is -inf."
+            )
+        if self.control and (self.weights is None or not math.isfinite(self.control)):
+            raise ValueError(
+                f"SparseTeacher.control={self.control} takes chance out of draws: it must be finite, and "
+                "needs weights; with log_tail nothing is drawn, give 0."
             )
         if self.ids.shape != self.log_probs.shape:
             raise ValueError(

@@ -84,8 +84,11 @@ class SparseSignal:
             ids=self.ids.masked_fill(self.drawn, -1), log_probs=self.log_probs, log_tail=self.log_tail
         )
 
-    def draws(self) -> SparseTeacher:
+    def draws(self, control: float = 0.0) -> SparseTeacher:
         """All entries with what each stands for: an unbiased sample, for forward KL alone.
+
+        Args:
+            control: See `SparseTeacher`.
 
         Raises:
             ValueError: If there are no draws.
@@ -97,7 +100,7 @@ class SparseSignal:
             )
         log_weights = torch.where(self.drawn, self.log_tau.unsqueeze(-1), self.log_probs)
         weights = log_weights.exp().masked_fill(self.ids < 0, 0.0)
-        return SparseTeacher(ids=self.ids, log_probs=self.log_probs, weights=weights)
+        return SparseTeacher(ids=self.ids, log_probs=self.log_probs, weights=weights, control=control)
 
     def flat(self) -> SparseSignal:
         """All positions on one axis."""
