@@ -1,13 +1,14 @@
 """What a few stored entries per token say of the full gradient, at V = 151,936.
 
-    python benchmarks/sparse.py     # a table and benchmarks/results/sparse.json
+    python benchmarks/sparse.py     # tables, and benchmarks/results/sparse.json
 
-A made teacher, whose logits are a head of hidden states plus the log frequencies of Zipf's law, and two
-students on the same inputs: one from scratch, one whose body and head are the teacher's plus noise. The
-gradient is that of the head's matrix and of the body, averaged over the tokens.
+Made teachers, whose logits are a head of hidden states plus the log frequencies of Zipf's law: one of 2.1
+nats of entropy, one of 5. Two students on the same inputs: one from scratch, one whose body and head are the
+teacher's plus noise. The gradient is that of the head's matrix and of the body, averaged over the tokens.
 
-Entries are drawn as a cache's are; bytes are those of its codec, with log-probabilities in 16 bits, whose
-rounding (below 1e-7 nats) is not part of these figures.
+Entries are drawn as a cache's are, and go through its codec. The control of the draws is the one that the
+library would measure; "of sampling" is the angle of its noise alone, without what the codec rounds. The last
+table is the student near the broad teacher, by bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -24,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hf_kd import SparseSignal
+from hf_kd.estimator import HORIZON, Estimator, angles, products, random_signs
 from hf_kd.losses.fused import fused_distillation
 from hf_kd.losses.projected import head_logits
 from hf_kd.losses.tiles import Head, HiddenTeacher
@@ -51,6 +53,7 @@ class Made:
 
     def __init__(self, near: bool, tokens: int, width: int, scale: float) -> None:
         g = torch.Generator().manual_seed(0)
+        self.near = near
         self.inputs = torch.randn(tokens, width, generator=g)
         spread = scale * (0.8 + 1.2 * torch.rand(tokens, 1, generator=g))
         matrix = torch.randn(VOCABULARY, width, generator=g) / width**0.5
@@ -109,42 +112,73 @@ def log_probs_of(teacher: HiddenTeacher) -> Tensor:
     return head_logits(teacher).log_softmax(-1)
 
 
-def gradient(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Angles of every way to use the entries."""
-    rows = []
-    for near in (False, True):
-        made = Made(near, args.tokens, args.width, args.scale)
-        kl, full = made.gradient(made.teacher)
-        parts: list[tuple[SparseSignal, SparseSignal]] = []
-        labels, entropy = [], 0.0
+class Stored(NamedTuple):
+    """What is kept of a teacher."""
+
+    top: SparseSignal
+    drawn: SparseSignal
+    labels: Tensor
+    entropy: float
+    codec: SparseCodec
+
+    @classmethod
+    def of(cls, made: Made, entries: int, bits: int) -> Stored:
+        """Ask it about all tokens."""
+        tops, draws, labels, entropy = [], [], [], 0.0
         g = torch.Generator().manual_seed(1)
-        for index in torch.arange(args.tokens).split(128):
+        codec = SparseCodec(VOCABULARY, entries, bits=bits)
+        for index in torch.arange(len(made.inputs)).split(128):
             log_p = log_probs_of(HiddenTeacher(made.inputs[index], made.teacher.head))
-            entropy -= float((log_p.exp() * log_p).sum()) / args.tokens
+            entropy -= float((log_p.exp() * log_p).sum()) / len(made.inputs)
             labels.append(torch.multinomial(log_p.exp(), 1, generator=g).squeeze(1))
-            parts.append(
-                (
-                    topk_signal(log_p, args.entries),
-                    threshold_sample(log_p, args.entries, least_certain=args.entries // 2, generator=g),
-                )
-            )
-        top, drawn = (_joined([part[i] for part in parts]) for i in (0, 1))
-        found: dict[str, tuple[float | None, Tensor]] = {
-            "labels alone (cross-entropy)": (None, made.hard(torch.cat(labels))),
-            "top-k, both renormalised": (None, made.renormalised(top)),
-            "top-k, tail bucket": made.gradient(top.tail()),
-            "certain ones of the draws, tail bucket": made.gradient(drawn.tail()),
-            "draws": made.gradient(drawn.draws()),
+            sample = threshold_sample(log_p, entries, least_certain=entries // 2, generator=g)
+            tops.append(topk_signal(log_p, entries))
+            draws.append(codec.decode(codec.encode(sample)))
+        return cls(_joined(tops), _joined(draws), torch.cat(labels), entropy, codec)
+
+
+def measured(made: Made, drawn: SparseSignal) -> Estimator:
+    """The control that the library would take, and the angles that it would say."""
+    tail, zero, one = (made.gradient(t)[1] for t in (drawn.tail(), drawn.draws(), drawn.draws(1.0)))
+    signs = [
+        made.gradient(random_signs(drawn, generator=torch.Generator().manual_seed(0), control=c))[1]
+        for c in (0.0, 1.0)
+    ]
+    sums = products([tail], ([zero], [one]), [([signs[0]], [signs[1]])])
+    return angles(sums, HORIZON)  # of the tokens that there are, as the other angles
+
+
+def compare(made: Made, full: Tensor, kl: float, entries: int, bits: int, few: bool) -> list[dict[str, Any]]:
+    """Angles of the ways to use the entries; `few`: of what a cache offers alone."""
+    stored = Stored.of(made, entries, bits)
+    best = measured(made, stored.drawn)
+    found: dict[str, tuple[float | None, Tensor]] = {}
+    if not few:
+        found = {
+            "labels alone (cross-entropy)": (None, made.hard(stored.labels)),
+            "top-k, both renormalised": (None, made.renormalised(stored.top)),
+            "top-k, tail bucket": made.gradient(stored.top.tail()),
         }
-        kept = float(-top.log_tail.exp().mean() + 1)
-        for name, (value, grad) in found.items():
-            rows.append({
-                "student": "near the teacher" if near else "from scratch", "entries": args.entries,
-                "bytes per token": SparseCodec(VOCABULARY, args.entries).stride, "read as": name,
-                "angle (degrees)": degrees(grad, full), "length": float(grad.norm() / full.norm()),
-                "KL (nats)": kl, "KL error (nats)": None if value is None else value - kl,
-                "teacher's entropy": entropy, "teacher's mass in the top": kept, "tokens": args.tokens,
-            })  # fmt: skip
+    found |= {
+        "certain ones of the draws, tail bucket": made.gradient(stored.drawn.tail()),
+        "draws": made.gradient(stored.drawn.draws()),
+        "draws, controlled": made.gradient(stored.drawn.draws(best.control)),
+    }
+    kept = float(-stored.top.log_tail.exp().mean() + 1)
+    rows = []
+    for name, (value, grad) in found.items():
+        controlled = name == "draws, controlled"
+        rows.append({
+            "student": "near the teacher" if made.near else "from scratch",
+            "teacher's entropy": stored.entropy, "entries": entries, "bits": bits,
+            "bytes per token": stored.codec.stride, "read as": name,
+            "angle (degrees)": degrees(grad, full),
+            "of sampling": best.angle_draws if controlled else None,
+            "control": best.control if controlled else None,
+            "length": float(grad.norm() / full.norm()), "KL (nats)": kl,
+            "KL error (nats)": None if value is None else value - kl,
+            "teacher's mass in the top": kept, "tokens": len(made.inputs),
+        })  # fmt: skip
     return rows
 
 
@@ -158,23 +192,45 @@ def _joined(parts: list[SparseSignal]) -> SparseSignal:
     )
 
 
-def main() -> None:
-    """Run one part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--entries", type=int, default=28)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--scale", type=float, default=5.0, help="of the teacher's logits; 2.5: a broad one")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = gradient(args)
+def show(rows: list[dict[str, Any]]) -> None:
+    """As a table."""
     table = Table(*rows[0])
     for row in rows:
         cells = (row.get(name) for name in rows[0])
         table.add_row(*("-" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells))
     console.print(table)
-    args.output.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+
+
+def main() -> None:
+    """All students and teachers, then the curve."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--entries", type=int, default=28)
+    parser.add_argument("--bits", type=int, default=16, choices=(8, 16), help="of a log-probability")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--scales", type=float, nargs="+", default=[5.0, 2.5], help="of teachers' logits")
+    parser.add_argument(
+        "--curve", nargs="*", default=["9x16", "18x16", "37x8", "56x16", "112x16"],
+        help="entries x bits of the last table",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, curve = [], []
+    for scale in args.scales:
+        for near in (False, True):
+            made = Made(near, args.tokens, args.width, scale)
+            kl, full = made.gradient(made.teacher)
+            rows += compare(made, full, kl, args.entries, args.bits, few=False)
+            if near and scale == args.scales[-1]:
+                for point in args.curve:
+                    entries, bits = map(int, point.split("x"))
+                    curve += compare(made, full, kl, entries, bits, few=True)
+    found = {"command": "python benchmarks/sparse.py", "machine": machine(), "rows": rows, "curve": curve}
+    args.output.write_text(json.dumps(found, indent=2) + "\n")
+    show(rows)
+    if curve:
+        show(curve)
 
 
 if __name__ == "__main__":

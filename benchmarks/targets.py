@@ -1,163 +1,314 @@
-"""Does choosing the target help? Each choice against plain distillation, on scikit-learn's digits.
+"""Does choosing the target help? Each choice against plain distillation, on real data.
 
-    python benchmarks/targets.py [--seeds 3] [--rows 300] [--noise 0.0]
+    python benchmarks/targets.py --data path/to/mnist_t10k        # results/targets_mnist.json
+    python benchmarks/targets.py --data path/to/sst2              # results/targets_sst2.json
+    python benchmarks/targets.py --data digits                    # scikit-learn's: no files needed
+    python benchmarks/targets.py --table                          # the tables in docs/targets.md, anew
 
-A teacher of 256 hidden units is trained once on the training rows, with labels; every student has 12, starts
-alike within a seed and takes the same steps. `--noise` is the share of training labels, the teacher's
-included, that are replaced by random ones.
+Images: the teacher is a small convolutional network, the student has one narrow hidden layer on the pixels.
+Sentences: the teacher reads the mean of all-MiniLM-L6's last states, the student that of its word vectors;
+the encoder is frozen, and run once. Data sets of the Hub serve as well (ylecun/mnist, SetFit/sst2).
+
+Four cases, since a choice can only help where there is something to choose: all rows have labels; few have
+(5 %); a part of the labels (40 %), the teacher's included, is replaced by random ones; the teacher has seen
+few rows, while all labels are there. A teacher is trained once a case and asked once. All arms of a case take
+the same steps from the same start, of each seed, on the same rows (labels alone: on those that have one). Dev
+rows serve what is fitted, figures are of the test rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import statistics
-import time
+import re
+import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
-from sklearn.datasets import load_digits
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import default_data_collator
+
+sys.path.insert(0, str(Path(__file__).parent / "quality"))
+from arms import RESULTS, Answers, Budget, Record, score, spread
+from images import digits, mnist
 
 from hf_kd import DistillationArguments, DistillationTrainer
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "targets.md"
 ARMS: dict[str, dict[str, Any]] = {
     "labels alone": {"alpha": 0.0},
-    "plain": {},
-    "temperature='auto'": {"temperature": "auto"},
-    "teacher_calibration": {"teacher_calibration": True},
-    "target_correction='swap'": {"target_correction": "swap"},
-    "target_correction='drop'": {"target_correction": "drop"},
-    "kd_weighting='confidence'": {"kd_weighting": "confidence"},
-    "kd_weighting='entropy'": {"kd_weighting": "entropy"},
-    "three teachers, fixed": {"several": True},
-    "three teachers, learned": {"several": True, "ensemble_weighting": "learned"},
-    "three teachers, confidence": {"several": True, "ensemble_weighting": "confidence"},
-    "int8-dynamic teacher": {"teacher_quantization": "int8-dynamic"},
-    "self_teacher='ema'": {"self_teacher": "ema", "ema_decay": 0.95},
+    "plain (T = 2)": {},
+    "`temperature=auto`": {"temperature": "auto"},
+    "`teacher_calibration`": {"teacher_calibration": True},
+    "`target_correction=swap`": {"target_correction": "swap"},
+    "`target_correction=drop`": {"target_correction": "drop"},
+    "`kd_weighting=confidence`": {"kd_weighting": "confidence"},
+    "`kd_weighting=entropy`": {"kd_weighting": "entropy"},
 }
+PLAIN = "plain (T = 2)"
+CASES = ("all labels", "few labels", "wrong labels", "weak teacher")
+FEW, WRONG = 0.05, 0.4
 
 
-class Digits(nn.Module):
-    """A classifier with one hidden layer on 64 pixels."""
+@dataclass(frozen=True)
+class Part:
+    """Rows of one split: what the teacher reads, what the student reads, `[N, ...]`, and labels `[N]`."""
 
-    def __init__(self, width: int, seed: int) -> None:
-        """Start from a seed."""
+    rich: Tensor
+    plain: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Study:
+    """A data set, and who learns from whom."""
+
+    parts: dict[str, Part]
+    teacher: Callable[[], nn.Module]
+    width: int
+    budget: Budget
+
+
+class Student(nn.Module):
+    """One hidden layer."""
+
+    def __init__(self, inputs: int, width: int, classes: int) -> None:
         super().__init__()
-        torch.manual_seed(seed)
-        self.layers = nn.Sequential(nn.Linear(64, width), nn.GELU(), nn.Linear(width, 10))
+        self.layers = nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, classes))
 
-    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Logits `[B, 10]` of images `[B, 64]`."""
-        return {"logits": self.layers(pixel_values)}
-
-
-def data(rows: int, noise: float) -> tuple[Dataset, Dataset, Dataset]:
-    """Training, validation (for what is fitted) and test rows."""
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(labels))
-    images, labels = images[order].astype(np.float32) / 8 - 1, labels[order]
-    given = labels.copy()
-    wrong = np.random.default_rng(1).random(rows) < noise
-    given[:rows][wrong] = np.random.default_rng(2).integers(0, 10, wrong.sum())
-    parts = (slice(0, rows), slice(rows, rows + 300), slice(rows + 300, None))
-    made = (Dataset.from_dict({"pixel_values": images[p], "labels": given[p]}) for p in parts)
-    train, validation, test = (part.with_format("numpy") for part in made)
-    return train, validation, test
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        """Logits `[B, C]` of `[B, inputs]`."""
+        return {"logits": self.layers(features)}
 
 
-def train(student: Any, teacher: Any, train_rows: Any, eval_rows: Any, *, seed: int, **options: Any) -> Any:
-    """One training run of 200 steps."""
-    with TemporaryDirectory() as folder:
-        args = DistillationArguments(
-            output_dir=folder,
-            **{"alpha": 0.5, **options},
-            max_steps=200,
-            per_device_train_batch_size=64,
-            learning_rate=5e-3,
-            warmup_steps=20,
-            save_strategy="no",
-            logging_steps=200,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            seed=seed,
+def image_study(name: str, train_rows: int) -> Study:
+    """Digits or MNIST, split in a fixed random order."""
+    pixels, labels = digits() if name == "digits" else mnist(name)
+    test, dev = (600, 300) if name == "digits" else (3000, 1000)
+    cuts = {"test": slice(0, test), "dev": slice(test, test + dev)}
+    cuts["train"] = slice(test + dev, test + dev + train_rows)
+    parts = {split: Part(pixels[c], pixels[c].flatten(1), labels[c]) for split, c in cuts.items()}
+    size, step = pixels.shape[-1], 1 if name == "digits" else 2
+
+    def teacher() -> nn.Module:
+        left = size // step // 2
+        return nn.Sequential(
+            nn.Conv2d(1, 16, 5, stride=step, padding=2), nn.GELU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.GELU(),
+            nn.Flatten(), nn.Dropout(0.3), nn.Linear(32 * left * left, 10),
+        )  # fmt: skip
+
+    return Study(parts, teacher, 16, Budget(300, 64, 5e-3, warmup_steps=20))
+
+
+def sentence_study(name: str, train_rows: int) -> Study:
+    """SST-2 as vectors of a frozen encoder, kept in a file when they are made."""
+    from safetensors.torch import load_file, save_file
+    from sst2 import Data, packaged_model
+    from transformers import AutoModel
+
+    kept = Path("out") / f"targets-{Path(name).name}-{train_rows}.safetensors"
+    if not kept.exists():
+        data = Data(name, packaged_model(), 32, None)
+        data.rows["train"] = data.rows["train"].select(range(min(train_rows, len(data.rows["train"]))))
+        encoder, made = AutoModel.from_pretrained(packaged_model()).eval(), {}
+        for split in ("train", "dev", "test"):
+            rich, plain = [], []
+            for batch in data.batches(split):
+                mask = batch["attention_mask"].unsqueeze(-1).float()
+                with torch.no_grad():
+                    last = encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+                    words = encoder.embeddings.word_embeddings(batch["input_ids"])
+                rich.append((last * mask).sum(1) / mask.sum(1))
+                plain.append((words * mask).sum(1) / mask.sum(1))
+            made |= {f"{split}.rich": torch.cat(rich), f"{split}.plain": torch.cat(plain)}
+            made[f"{split}.labels"] = data.labels(split)
+        kept.parent.mkdir(exist_ok=True)
+        save_file(made, kept)
+    found = load_file(kept)
+    scale = {x: found[f"train.{x}"].std(0, keepdim=True) for x in ("rich", "plain")}
+    middle = {x: found[f"train.{x}"].mean(0, keepdim=True) for x in ("rich", "plain")}
+    parts = {}
+    for split in ("train", "dev", "test"):
+        rich, plain = ((found[f"{split}.{x}"] - middle[x]) / scale[x] for x in ("rich", "plain"))
+        parts[split] = Part(rich, plain, found[f"{split}.labels"])
+
+    def teacher() -> nn.Module:
+        return nn.Sequential(
+            nn.Dropout(0.5), nn.Linear(384, 128), nn.GELU(), nn.Dropout(0.5), nn.Linear(128, 2)
         )
-        trainer = DistillationTrainer(
-            student,
-            args,
-            teacher=teacher,
-            task="image-classification",
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-        )
-        trainer.train()
+
+    return Study(parts, teacher, 8, Budget(300, 64, 3e-3, warmup_steps=20))
+
+
+def trained_teacher(study: Study, labels: Tensor, rows: Tensor) -> nn.Module:
+    """Trained on some rows until it has seen as many as 15 times all of them, at most 200 times its own."""
+    torch.manual_seed(100)
+    model, part = study.teacher(), study.parts["train"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    model.train()
+    for _ in range(min(200, 15 * len(part.labels) // len(rows))):
+        for index in rows[torch.randperm(len(rows))].split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(part.rich[index]), labels[index]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def case_of(study: Study, case: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Labels of the training rows, -100 where there are none, and what the teacher says of each split."""
+    truth = study.parts["train"].labels
+    labels, seen = truth.clone(), torch.arange(len(truth))
+    few = int(FEW * len(truth))
+    if case == "wrong labels":
+        g = torch.Generator().manual_seed(1)
+        wrong = torch.rand(len(truth), generator=g) < WRONG
+        labels[wrong] = torch.randint(0, int(truth.max()) + 1, (int(wrong.sum()),), generator=g)
+    if case == "weak teacher":
+        seen = seen[:few]
+    with torch.enable_grad():
+        teacher = trained_teacher(study, labels, seen)
+    if case == "few labels":
+        labels[few:] = -100
+    return labels, {split: teacher(part.rich) for split, part in study.parts.items()}
+
+
+def rows_of(part: Part, labels: Tensor, first: int) -> list[dict[str, Any]]:
+    """As a data set that knows its row numbers, counted from `first`."""
+    return [
+        {"features": x, "labels": int(y), "row": first + i}
+        for i, (x, y) in enumerate(zip(part.plain, labels, strict=True))
+    ]
+
+
+def taught(study: Study, answers: Tensor, rows: Any, dev: Any, seed: int, options: Any) -> Any:
+    """One student; the trainer that made it."""
+    torch.manual_seed(seed)
+    student = Student(study.parts["train"].plain.shape[1], study.width, answers.shape[1])
+    trainer = DistillationTrainer(
+        student,
+        DistillationArguments(**study.budget.arguments(seed, **options)),
+        teacher=Answers(answers),
+        task="sequence-classification",
+        train_dataset=rows,
+        eval_dataset=dev,
+        data_collator=default_data_collator,
+    )
+    trainer.train()
+    student.eval()
     return trainer
 
 
-def accuracy(network: Any, rows: Any) -> float:
-    """Share of right answers, percent."""
-    network.eval()
-    with torch.no_grad():
-        logits = network(pixel_values=torch.as_tensor(np.asarray(rows["pixel_values"][:])))["logits"]
-    return 100 * float((logits.argmax(-1) == torch.as_tensor(np.asarray(rows["labels"][:]))).float().mean())
+def measure(study: Study, record: Record, seeds: int) -> None:
+    """All cases and arms, seed by seed, so that what is stopped is balanced."""
+    dev, test = study.parts["dev"], study.parts["test"]
+    teachers = {}
+    for case in CASES:
+        labels, known = case_of(study, case)
+        train = study.parts["train"]
+        truth = score(known["train"], known["train"], train.labels)
+        teachers[case] = {"test": score(known["test"], known["test"], test.labels), "train": truth}
+        answers = torch.cat([known["train"], known["dev"]])
+        rows, held = rows_of(train, labels, 0), rows_of(dev, dev.labels, len(train.labels))
+        labelled = [row for row in rows if row["labels"] >= 0]
+
+        def make(
+            seed: int, name: str, answers: Any = answers, rows: Any = (rows, labelled), held: Any = held,
+            known: Any = known["test"],
+        ) -> dict[str, Any]:  # fmt: skip
+            trainer = taught(study, answers, rows[ARMS[name].get("alpha") == 0.0], held, seed, ARMS[name])
+            with torch.no_grad():
+                logits = trainer.model(test.plain)["logits"]
+            found: dict[str, Any] = {"test": score(logits, known, test.labels)}
+            if trainer.settled is not None:
+                found["settled"] = [trainer.settled.temperature, trainer.settled.calibration]
+            return found
+
+        for seed in range(seeds):
+            for name in ARMS:
+                record.run({"case": case, "arm": name, "seed": seed}, partial(make, seed, name))
+    record.note(teachers=teachers)
+
+
+def tables(record: dict[str, Any]) -> list[str]:
+    """A table: arms by cases, test accuracy, and in the last columns what each gains over plain."""
+
+    def runs(case: str, arm: str) -> list[float]:
+        found = [r for r in record["runs"] if (r["case"], r["arm"]) == (case, arm)]
+        return [100 * r["test"]["accuracy"] for r in sorted(found, key=lambda r: r["seed"])]
+
+    def cell(values: list[float], sign: str) -> str:
+        return "{:{s}.1f} ± {:.1f}".format(*spread(values), s=sign)
+
+    lines = [f"| | {' | '.join(CASES)} |", "|---|" + "--:|" * len(CASES)]
+    lines.append(
+        "| teacher | "
+        + " | ".join(f"{100 * record['teachers'][c]['test']['accuracy']:.1f}" for c in CASES)
+        + " |"
+    )
+    for arm in ARMS:
+        cells = []
+        for case in CASES:
+            values, plain = runs(case, arm), runs(case, PLAIN)
+            gains = [a - b for a, b in zip(values, plain, strict=True)]
+            cells.append(cell(values, "") if arm == PLAIN else cell(gains, "+"))
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return lines
+
+
+def renew_page(folder: Path) -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->`."""
+    import json
+
+    text = PAGE.read_text(encoding="utf-8")
+    for path in sorted(folder.glob("targets_*.json")):
+        lines = "\n".join(tables(json.loads(path.read_text(encoding="utf-8"))))
+        mark = path.stem
+        text = re.sub(
+            f"(<!-- {mark} -->\n).*?(\n<!-- /{mark} -->)",
+            lambda m, lines=lines: m[1] + lines + m[2], text, flags=re.DOTALL,
+        )  # fmt: skip
+    PAGE.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
-    """Train, print a table and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Train, write JSON and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--data", default="digits", help="digits, or a folder or Hub id with mnist or sst in it"
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=300)
-    parser.add_argument("--noise", type=float, default=0.0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "targets.json")
-    options = parser.parse_args()
+    parser.add_argument("--train-rows", type=int, default=None, help="default: 800 of digits, else 6000")
+    parser.add_argument("--minutes", type=float, default=600.0)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the file of results")
+    parser.add_argument("--table", action="store_true", help="only renew the tables in the documentation")
+    args = parser.parse_args()
+    if args.table:
+        renew_page(args.results)
+        return
+    torch.set_num_threads(1)
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
-    start = time.monotonic()
-    train_rows, validation, test = data(options.rows, options.noise)
-    teachers = [
-        train(Digits(256, 10 + i), None, train_rows, validation, seed=10 + i, alpha=0.0).model
-        for i in range(3)
-    ]
-    scores: dict[str, list[float]] = {"teacher": [accuracy(teachers[0], test)]}
-    settled: dict[str, list[Any]] = {}
-    for seed in range(options.seeds):
-        for name, arm in ARMS.items():
-            own = dict(arm)
-            several = own.pop("several", False)
-            teacher: Any = list(teachers) if several else teachers[0]
-            if "self_teacher" in own or own.get("alpha") == 0.0:
-                teacher = None
-            trainer = train(Digits(12, seed), teacher, train_rows, validation, seed=seed, **own)
-            scores.setdefault(name, []).append(accuracy(trainer.model, test))
-            if trainer.settled is not None:
-                found = trainer.settled
-                settled.setdefault(name, []).append([found.temperature, found.calibration, found.weights])
-    plain = scores["plain"]
-    result: dict[str, Any] = {"options": {k: str(v) for k, v in vars(options).items() if k != "output"}}
-    result["minutes"] = round((time.monotonic() - start) / 60, 2)
-    result["test_rows"] = len(test)
-    result["arms"] = {}
-    for name, values in scores.items():
-        entry: dict[str, Any] = {"accuracy": values, "mean": statistics.fmean(values)}
-        line = f"{name:<28} {entry['mean']:6.2f}"
-        if len(values) > 1:
-            entry["spread"] = statistics.stdev(values)
-            gains = [a - b for a, b in zip(values, plain, strict=True)]
-            entry |= {"gain": statistics.fmean(gains), "gain_spread": statistics.stdev(gains)}
-            line += f" +- {entry['spread']:.2f}   gain {entry['gain']:+.2f} +- {entry['gain_spread']:.2f}"
-        if name in settled:
-            entry["settled"] = settled[name]
-        result["arms"][name] = entry
-        print(line)
-    options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    name = next((x for x in ("digits", "mnist", "sst") if x in args.data.lower()), None)
+    if name is None:
+        parser.error(f"--data {args.data}: its name should say digits, mnist or sst")
+    rows = args.train_rows or (800 if name == "digits" else 6000)
+    study = (sentence_study if name == "sst" else image_study)(args.data, rows)
+    settings = {
+        "train_rows": len(study.parts["train"].labels), "test_rows": len(study.parts["test"].labels),
+        "few": FEW, "wrong": WRONG, "student_width": study.width, **vars(study.budget),
+    }  # fmt: skip
+    mark = "sst2" if name == "sst" else name
+    record = Record(f"targets_{mark}", minutes=args.minutes, settings=settings, folder=args.results)
+    measure(study, record, args.seeds)
+    print("\n".join(tables(record.data)))
 
 
 if __name__ == "__main__":
