@@ -6,8 +6,8 @@
 A step is `compute_loss` and its backward pass, through a `DistillationTrainer`, on one batch in memory. All
 variants take turns step by step in one process, in an order that changes; what is compared is processor time,
 which other programs on the machine hardly change, as the median over rounds of the ratio to the step without
-losses on layers. "hooks" captures what "hidden" compares, and compares nothing. Attention needs eager
-attention in both models, whose cost is part of its row. All on the CPU, one thread, fp32.
+losses on layers. "hooks" captures what "hidden" compares, and compares nothing. All on the CPU, one thread,
+fp32.
 """
 
 from __future__ import annotations

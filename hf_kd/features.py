@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from .layer_maps import LayerStack, StackPair, pair_layers
-from .losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES, relation_kl
+from .losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES, attention_kl, relation_kl, scores_of
 from .losses.named import find
 from .losses.vectors import cosine
 from .objective import Counts, Terms
 from .options import FEATURE_WEIGHTS
 from .positions import positions_of
 from .projection import Projection
-from .taps import SelfAttention, Tap, find_self_attention, tapped
+from .taps import SEEN_KERNELS, SelfAttention, Tap, Value, find_self_attention, tapped
 from .tasks import Batch, Supervision, Task
 from .tasks.base import full_precision
 from .teachers import ModelTeacher
@@ -42,8 +42,8 @@ class Seen:
     """What one forward of each model had at its taps."""
 
     features: Features
-    student: dict[Tap, Tensor] = field(default_factory=dict)
-    teacher: dict[Tap, Tensor] = field(default_factory=dict)
+    student: dict[Tap, Value] = field(default_factory=dict)
+    teacher: dict[Tap, Value] = field(default_factory=dict)
 
     def on_student(self) -> contextlib.AbstractContextManager[None]:
         """Look into the student for one forward."""
@@ -174,15 +174,15 @@ class Features:
             taps = student.tap(which), teacher.tap(which)
             self.places.append(_Compared("relation", pair, *taps, attention=(student, teacher), which=which))
 
-    # ---- eager attention ----
+    # ---- attention that can be seen ----
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Let attentions be seen, where they are compared: other kernels never hold them."""
+        """Let attentions be seen, where they are compared: some kernels show neither scores nor factors."""
         if "attention" not in self.weights:
             yield
             return
-        with _eager(self.student), _eager(self.teacher):
+        with _seen_kernel(self.student), _seen_kernel(self.teacher):
             yield
 
     # ---- losses ----
@@ -237,16 +237,18 @@ class Features:
             sums.setdefault(place.term, []).append((values * weight).sum())
         return {term: torch.stack(values).mean() for term, values in sums.items()}
 
-    def _values(self, place: _Compared, seen: Seen) -> tuple[Tensor, Tensor]:
-        found = []
+    def _values(self, place: _Compared, seen: Seen) -> tuple[Value, Value]:
+        found: list[Value] = []
         for whose, model, tap, values in (
             ("student", self.student, place.student, seen.student),
             ("teacher", self.teacher, place.teacher, seen.teacher),
         ):
             if tap not in values:
                 raise ValueError(_missing(whose, model, tap))
-            found.append(full_precision(values[tap]))
-        student, teacher = found[0], found[1].detach().to(found[0].device)
+            value = values[tap]
+            dtype = torch.promote_types(value.dtype, torch.float32)
+            found.append(value.to(value.device, dtype))
+        student, teacher = found[0], found[1].detach().to(found[0].device, found[1].dtype)
         sizes = [(value.shape[0], *value.shape[-2:][:1]) for value in (student, teacher)]
         if student.ndim not in (3, 4) or student.ndim != teacher.ndim or sizes[0] != sizes[1]:
             raise ValueError(
@@ -256,9 +258,12 @@ class Features:
             )
         if place.projection:
             student = full_precision(self.projections[place.projection](student))
-        return student, teacher.to(student.dtype)
+        return student, teacher.to(student.device, student.dtype)
 
-    def _compare(self, place: _Compared, student: Tensor, teacher: Tensor, exists: Tensor) -> Tensor:
+    def _compare(self, place: _Compared, student: Value, teacher: Value, exists: Tensor) -> Tensor:
+        if place.term == "attention" and self.attention_loss is attention_kl:
+            return attention_kl(student, teacher)
+        student, teacher = scores_of(student), scores_of(teacher)
         if place.term == "attention":
             return self.attention_loss(student, teacher)
         if place.attention is None:
@@ -360,22 +365,22 @@ def _missing(whose: str, model: Any, tap: Tap) -> str:
         )
     kernel = getattr(model.config, "_attn_implementation", None)
     return (
-        f"attention_weight: the {whose}'s {tap.path!r} took no softmax over scores of queries and keys: its "
-        f"attention (attn_implementation={kernel!r}) never holds them. Load the {whose} with "
+        f"attention_weight: the {whose}'s {tap.path!r} took no softmax over scores of queries and keys, and "
+        f"its attention (attn_implementation={kernel!r}) does not show them. Load the {whose} with "
         "attn_implementation='eager', or set attention_weight=0."
     )
 
 
 @contextlib.contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    """Switch a model to eager attention for a while."""
+def _seen_kernel(model: Any) -> Iterator[None]:
+    """Switch a model to eager attention for a while, unless its kernel's scores can be seen."""
     configs = {id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None}
     before = [
         (config, config._attn_implementation)
         for config in configs.values()
         if hasattr(config, "_attn_implementation")
     ]
-    if any(kernel != "eager" for _, kernel in before):
+    if any(kernel not in SEEN_KERNELS for _, kernel in before):
         model.set_attn_implementation("eager")
     try:
         yield

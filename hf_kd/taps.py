@@ -17,6 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .losses.scores import Products
+
+#: What is seen at a tap.
+Value = Tensor | Products
 Kind = Literal["input", "output", "last", "scores"]
 
 # The last part of a projection's name, as Transformers' architectures spell it.
@@ -29,6 +33,8 @@ _THIRDS = ("c_attn", "Wqkv", "qkv", "qkv_proj")
 _INTERLEAVED = {"gpt_neox": "query_key_value", "bloom": "query_key_value"}
 _CROSS = re.compile(r"cross|encoder_attn|encdec|encoder_decoder", re.IGNORECASE)
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+#: The attention implementations whose scores can be seen.
+SEEN_KERNELS = ("eager", "sdpa")
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ class Tap:
     Attributes:
         path: A module's name.
         kind: Its "input" or "output" `[B, L, H]` (the first of several), the "last" hidden state that it
-            returns, or the attention "scores" `[B, A, L, L]` before the softmax inside it.
+            returns, or the attention "scores" `[B, A, L, L]` before the softmax inside it (their factors,
+            where a fused kernel never holds them).
     """
 
     path: str
@@ -129,7 +136,7 @@ def uncrossed(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def tapped(model: nn.Module, taps: Sequence[Tap], into: dict[Tap, Tensor]) -> Iterator[None]:
+def tapped(model: nn.Module, taps: Sequence[Tap], into: dict[Tap, Value]) -> Iterator[None]:
     """Fill `into` with what a forward of the model has at each tap (at its first call, if several)."""
     with contextlib.ExitStack() as stack:
         for tap in taps:
@@ -139,7 +146,7 @@ def tapped(model: nn.Module, taps: Sequence[Tap], into: dict[Tap, Tensor]) -> It
         yield
 
 
-def _hooks(module: nn.Module, tap: Tap, into: dict[Tap, Tensor]) -> list[Any]:
+def _hooks(module: nn.Module, tap: Tap, into: dict[Tap, Value]) -> list[Any]:
     if tap.kind == "input":
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -163,9 +170,9 @@ def _hooks(module: nn.Module, tap: Tap, into: dict[Tap, Tensor]) -> list[Any]:
 
 
 class _Scores(TorchFunctionMode):
-    """Keeps the input of the first four-dimensional softmax; attention dropout comes after it."""
+    """Keeps the input of the first four-dimensional softmax, or of fused attention: before any dropout."""
 
-    def __init__(self, tap: Tap, into: dict[Tap, Tensor]) -> None:
+    def __init__(self, tap: Tap, into: dict[Tap, Value]) -> None:
         super().__init__()
         self._tap, self._into = tap, into
 
@@ -183,4 +190,6 @@ class _Scores(TorchFunctionMode):
             scores = args[0] if args else given["input"]
             if scores.ndim == 4:
                 self._into.setdefault(self._tap, scores)
+        elif func is F.scaled_dot_product_attention and self._tap not in self._into:
+            self._into[self._tap] = Products.of_call(*args, **given)
         return func(*args, **given)

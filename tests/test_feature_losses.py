@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hf_kd.losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES, relation_kl
+from hf_kd.losses import rows
+from hf_kd.losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES, attention_kl, relation_kl
+from hf_kd.losses.scores import Products, product_kl
 
 
 def states(*shape: int, seed: int = 0) -> Tensor:
@@ -79,6 +83,34 @@ def test_attention_losses(name: str, masked: float) -> None:
         value = p * (p.log() - q.log()) if name == "kl" else (p - q).square()
         rows.append(value.sum(-1).mean(0))
     assert_equal(ours, torch.stack(rows), s)
+
+
+@pytest.mark.parametrize("block", [1, 40, 1 << 17])
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "added", "bias"])
+def test_products(mask: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors of scores give the scores' value and gradient, in blocks of some heads or of several rows."""
+    monkeypatch.setattr(rows, "_CPU_BLOCK", block)
+    q, k = states(3, 4, 5, 6).requires_grad_(), states(3, 2, 5, 6, seed=1).requires_grad_()
+    given: dict[str, Any] = {"scale": 0.7, "enable_gqa": True, "is_causal": mask == "causal"}
+    seen = torch.ones(3, 1, 5, 5, dtype=torch.bool)
+    seen[1, ..., 3:] = seen[2, :, 1] = False
+    if mask in ("bool", "added"):
+        lowest = torch.finfo(torch.float64).min
+        given["attn_mask"] = seen if mask == "bool" else torch.zeros(5, 5).double().masked_fill(~seen, lowest)
+    elif mask == "bias":
+        given["attn_mask"] = states(1, 4, 5, 5, seed=4).masked_fill(~seen, -torch.inf)
+    student = Products.of_call(q, k, None, **given)
+    teacher = Products.of_call(states(3, 4, 5, 6, seed=2), states(3, 2, 5, 6, seed=3), None, **given)
+    ours, expected = product_kl(student, teacher), attention_kl(student.scores(), teacher.scores())
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    attention = F.scaled_dot_product_attention(q, k, torch.eye(5).double().expand(3, 2, 5, 5), **given)
+    softmax = student.scores().softmax(-1)
+    sees = ~softmax.isnan()
+    torch.testing.assert_close(attention[sees], softmax[sees])
+    weight = states(3, 5, seed=5)
+    one, other = (torch.autograd.grad((value * weight).sum(), (q, k)) for value in (ours, expected))
+    for found, wanted in zip(one, other, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -24,6 +24,9 @@ from transformers import (
     ModernBertConfig,
     ModernBertForSequenceClassification,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_kd import DistillationTrainer, TeacherSignal, init_student
 from hf_kd.features import Features
@@ -379,8 +382,14 @@ def test_a_copied_student_matches_its_teacher(tmp_path: Path, name: str) -> None
         assert model.config._attn_implementation == ("eager" if name == "deberta" else "sdpa")
 
 
-def test_sdpa_has_no_attentions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trap 40: attentions that a kernel never holds are an error; so both models are switched to eager.
+def unseen(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Attention that is computed where nobody sees it, as in a kernel of its own."""
+    with torch._C.DisableTorchFunction():
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+
+def test_kernels_that_show_no_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 40: SDPA is seen through, other kernels give way to eager attention, or there is an error.
 
     The naive loss on what SDPA returns is silently 0.
     """
@@ -394,11 +403,20 @@ def test_sdpa_has_no_attentions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             kernels.append((student.config._attn_implementation, teacher.config._attn_implementation))
             return super().__call__(rows)
 
-    step(tmp_path, head, student, teacher, rows, collator=Watch(head), attention_weight=1.0)
+    options = {"collator": Watch(head), "attention_weight": 1.0}
+    expected = step(tmp_path, head, student, teacher, rows, **options)
+    assert kernels[-1] == ("sdpa", "sdpa")
+    for known, ours in ((ALL_ATTENTION_FUNCTIONS, unseen), (ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask)):
+        monkeypatch.setitem(known._global_mapping, "unseen", ours)
+    for model in (student, teacher):
+        model.config._attn_implementation = "unseen"
+    loss, grads = step(tmp_path, head, student, teacher, rows, **options)
     assert kernels[-1] == ("eager", "eager")
-    assert student.config._attn_implementation == teacher.config._attn_implementation == "sdpa"
+    assert student.config._attn_implementation == teacher.config._attn_implementation == "unseen"
+    assert loss == pytest.approx(expected[0], rel=1e-9)
+    assert_same(grads, expected[1])
     monkeypatch.setattr(type(teacher), "set_attn_implementation", lambda self, kernel: None)
-    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+    with pytest.raises(ValueError, match="attn_implementation='unseen'"):
         step(tmp_path, head, student, teacher, rows, attention_weight=1.0)
     step(tmp_path, head, student, teacher, rows, hidden_weight=1.0, relation_weight=1.0)  # needs none
 

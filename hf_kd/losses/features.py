@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .divergences import forward_kl, log_probs
+from .scores import Products, product_kl
 from .vectors import cosine, mse
 
 # Below the variance of any hidden state that says something.
@@ -49,19 +50,23 @@ HIDDEN_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def attention_kl(student: Tensor, teacher: Tensor) -> Tensor:
+def attention_kl(student: Tensor | Products, teacher: Tensor | Products) -> Tensor:
     r"""KL from the teacher's attention to the student's, per query, mean over heads.
 
     Source: Wang et al. 2020 (MiniLM), arXiv:2002.10957, section 3.1.
 
     Args:
         student: `[B, A, L, K]` scores of A heads before the softmax, masks included (a masked key has a score
-            near the dtype's minimum, or `-inf`).
+            near the dtype's minimum, or `-inf`); or their factors, of which no scores are kept.
         teacher: Same shape.
 
     Returns:
         `[B, L]` nats, at least 0; 0 where a query sees one key only.
     """
+    if isinstance(student, Products) and isinstance(teacher, Products):
+        if student.bias is None or not student.bias.requires_grad:
+            return product_kl(student, teacher)
+    student, teacher = scores_of(student), scores_of(teacher)
     if student.shape[-1] < 2:
         return student.new_zeros(student.shape[0], student.shape[2]) + 0.0 * student.sum((1, 3))
     log_q, log_p = _attention_log_probs(student, teacher)
@@ -108,27 +113,30 @@ def relation_kl(student: Tensor, teacher: Tensor, *, heads: int, keys: Tensor) -
         keys: `[B, L, L]` or `[B, 1, L]` bool: which positions j the position i is related to.
 
     Returns:
-        `[B, L]` nats, at least 0.
+        `[B, L]` nats, at least 0; 0 for a position that is related to none.
 
     Raises:
         ValueError: If `heads` does not divide a width.
     """
     if student.shape[1] < 2:
         return 0.0 * student.sum(-1)
-    # A position that sees nothing (padding) sees all: its value is not used, but must be finite.
-    hidden = ~(keys | ~keys.any(-1, keepdim=True)).unsqueeze(1)
-    scores = [_relations(values, heads).masked_fill(hidden, -torch.inf) for values in (student, teacher)]
-    log_q, log_p = log_probs(scores[0], scores[1], temperature=1.0)
-    return forward_kl(log_q, log_p).mean(1)
+    hidden = ~keys.unsqueeze(1)
+    sides = [_relations(values, heads, hidden) for values in (student, teacher)]
+    return product_kl(sides[0], sides[1])
 
 
-def _relations(values: Tensor, heads: int) -> Tensor:
+def _relations(values: Tensor, heads: int, hidden: Tensor) -> Products:
     """`[B, heads, L, L]` scaled products of a row's positions."""
     batch, length, width = values.shape
     if width % heads:
         raise ValueError(f"relation_heads={heads} does not divide the width {width}: choose a divisor of it.")
     split = values.reshape(batch, length, heads, width // heads).transpose(1, 2)
-    return split @ split.transpose(-1, -2) / (width // heads) ** 0.5
+    return Products(split, split, (width // heads) ** -0.5, hidden=hidden)
+
+
+def scores_of(scores: Tensor | Products) -> Tensor:
+    """`[B, A, L, K]` attention scores, multiplied out."""
+    return scores.scores() if isinstance(scores, Products) else scores
 
 
 def _standardised(values: Tensor) -> Tensor:

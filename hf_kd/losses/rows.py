@@ -160,7 +160,7 @@ class _LogProbs(torch.autograd.Function):
     def backward(
         ctx: _LogProbsContext, grad_log_q: Tensor | None, _grad_log_p: Tensor | None
     ) -> tuple[Tensor | None, None, None, None, None]:
-        _refuse_second_derivative()
+        refuse_second_derivative()
         if grad_log_q is None:
             return None, None, None, None, None
         (log_q,) = ctx.saved_tensors
@@ -192,7 +192,7 @@ class _SumOverClasses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _SumContext, grad_sums: Tensor) -> tuple[Tensor, None, None, None]:
-        _refuse_second_derivative()
+        refuse_second_derivative()
         log_q, log_p = ctx.saved_tensors
         grad = torch.empty_like(log_q)
         for rows in _blocks(log_q):
@@ -205,12 +205,17 @@ def _blocks(table: Tensor) -> Iterator[slice]:
     """Cut the rows of `[N, C]` into slices of a good size for the device."""
     if torch.compiler.is_compiling():  # the compiler fuses the point-wise work by itself
         return iter([slice(0, len(table))])
-    elements = _CPU_BLOCK * torch.get_num_threads() if table.device.type == "cpu" else _DEVICE_BLOCK
-    step = max(1, elements // table.shape[1])
+    step = max(1, block_of(table) // table.shape[1])
     return (slice(start, start + step) for start in range(0, len(table), step))
 
 
-def _refuse_second_derivative() -> None:
+def block_of(tensor: Tensor) -> int:
+    """How many elements are worked through at a time on a tensor's device."""
+    return _CPU_BLOCK * torch.get_num_threads() if tensor.device.type == "cpu" else _DEVICE_BLOCK
+
+
+def refuse_second_derivative() -> None:
+    """Raise in a backward pass that is itself differentiated."""
     # Autograd turns gradients on in a backward pass for create_graph=True only. The slopes are constants to
     # it, so a second derivative would silently lack this loss.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
