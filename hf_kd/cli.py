@@ -131,6 +131,7 @@ def list_recipes(argv: list[str]) -> int:
     for name in recipes.names():
         sys.stdout.write(f"{name:<{width}}  {recipes.summary(name)}\n")
     sys.stdout.write("\nhf-kd recipes NAME prints one, hf-kd distill --config NAME runs it\n")
+    sys.stdout.write(f"accelerate launch --config_file: {', '.join(recipes.launch_files())}\n")
     return 0
 
 

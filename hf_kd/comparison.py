@@ -17,6 +17,7 @@ from hf_kd.options import without_features
 from hf_kd.records import resolved_options
 from hf_kd.results import Arm, Latency, Results
 from hf_kd.setting import Setting, alone, wiring
+from hf_kd.sharding import in_pieces
 from hf_kd.tasks.text import SequenceClassification
 from hf_kd.trainer import DistillationTrainer
 
@@ -162,6 +163,9 @@ def _test_rows(data: Prepared) -> Any:
 
 def _latency(setting: Setting, models: dict[str, PreTrainedModel]) -> dict[str, Latency]:
     """Time all models on one batch of rows of about the median length; nothing if on several devices."""
+    if any(in_pieces(model) for model in models.values()):
+        setting.console.print("no latency: the models are in pieces over the ranks (FSDP 2)")
+        return {}
     devices = {str(model.device) for model in models.values()}
     if len(devices) > 1:
         setting.console.print(

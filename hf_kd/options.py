@@ -91,6 +91,7 @@ class DistillationOptions:
     )
     teacher_dtype: str | None = _option(None, "dtype of the teacher (default: its checkpoint's)")
     teacher_device_map: str | None = _option(None, "device map of the teacher (default: training device)")
+    shard_teacher: bool | None = _option(None, "in pieces over the ranks (default: where the student is)")
     teacher_cache: str | None = _option(None, "directory or Hub id of what the teacher said (hf-kd cache)")
     cache_miss: str = _option("error", "a row that the cache lacks: error, compute (ask the teacher)")
     teacher_revision: str | None = _option(None, "branch, tag or commit of the teacher on the Hub")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import checks
+from . import checks, sharding
 from . import projection as projections
 from .alignment import AlignmentError, ClassMap
 from .callbacks import FiniteLossCallback, KLThresholdCallback
@@ -131,6 +131,8 @@ class DistillationTrainer(Trainer):
         self.teacher = resolve_teacher(
             teacher, self.task, args, student=self.student, processor=self.processing_class
         )
+        sharding.shard_teacher(self.teacher, self.accelerator, args.shard_teacher)
+        sharding.name_layers(self.student, self.accelerator)
         self.teacher_processing_class = teacher_processing_class
         self.alignment_problem: AlignmentError | None = None
         classes = ClassMap()
@@ -214,6 +216,7 @@ class DistillationTrainer(Trainer):
             FloatingPointError: When a term of the loss is not finite; names step, term and rows.
         """
         self.check(training=True)
+        sharding.refuse_pieces(self.student, self.accelerator)
         with projections.attached(self.student, self.projections), self.features.ready():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -427,6 +430,7 @@ class DistillationTrainer(Trainer):
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop, with exact means over supervised positions."""
         self.check(training=False)
+        sharding.prepare_for_evaluation(self.student, self.accelerator)
         self._eval_sums = None
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
@@ -486,6 +490,9 @@ class DistillationTrainer(Trainer):
         """Save the student as `from_pretrained` reads it, and `distillation.yaml` beside it."""
         with memory.forgotten(getattr(self.student, "config", None), wanted=not _internal_call):
             super().save_model(output_dir, _internal_call)
+            state = None if _internal_call else sharding.whole_state(self.student, self.accelerator)
+            if state is not None and self.args.should_save:
+                self._save(output_dir or self.args.output_dir, state_dict=state)
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             write_options(folder, self)

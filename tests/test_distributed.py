@@ -96,13 +96,3 @@ def test_evaluation_is_exact(two_ranks: dict[str, Any], tmp_path: Path) -> None:
         assert metrics["eval_kl"] == pytest.approx(float(kl), rel=1e-9)
         for name in ("eval_loss", "eval_kl", "eval_agreement", "eval_teacher_entropy"):
             assert two_ranks["evaluate"][name] == pytest.approx(metrics[name], rel=1e-9)
-
-
-def test_sharded_heads(tmp_path: Path) -> None:
-    """FSDP 2 shards both models, output layers included; the fused gradient is that of one process."""
-    script = ROOT / "tests" / "fsdp_ranks.py"
-    launch("torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(tmp_path))
-    head = HEADS["causal-lm"]
-    student, teacher = models(head)
-    expected = oracle(head, student, teacher, rows_of(head, 8))[1]
-    assert_same(torch.load(tmp_path / "grads.pt", weights_only=True), expected)

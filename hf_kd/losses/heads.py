@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .tiles import Head
 
@@ -142,15 +143,15 @@ def _patched(module: nn.Module, name: str, function: Callable[..., Any]) -> Iter
 
 def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The effective matrix of a linear layer, adapters included, with its graph."""
-    if type(linear) is nn.Linear:
-        return linear.weight, linear.bias
+    if _plain(linear):
+        return linear.weight, linear.bias  # type: ignore[return-value]
     wrapped: Any = getattr(linear, "modules_to_save", None)
     if wrapped is not None:  # PEFT trains a copy of the whole layer
         active: Any = linear.active_adapter
         return _weight_and_bias(wrapped[active if isinstance(active, str) else active[0]])
     base = getattr(linear, "base_layer", None)
     delta = getattr(linear, "get_delta_weight", None)
-    if type(base) is not nn.Linear or delta is None:
+    if base is None or not _plain(base) or delta is None:
         raise UnsupportedHead(f"The output embedding is a {type(linear).__name__}, not a linear layer.")
     weight = base.weight
     if getattr(linear, "merged", False) or getattr(linear, "disable_adapters", False):
@@ -167,6 +168,12 @@ def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, base.bias
 
 
+def _plain(linear: nn.Module) -> bool:
+    """Whether a layer is a linear one and nothing else; what FSDP 2 shards has a class of its own."""
+    kinds = type(linear).__bases__ if isinstance(linear, FSDPModule) else (type(linear),)
+    return nn.Linear in kinds
+
+
 def _probe(
     model: nn.Module, linear: nn.Module, batch: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -177,23 +184,24 @@ def _probe(
     """
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def substitute(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    forward = linear.forward
+
+    def substitute(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Not a hook after the forward: where FSDP shards the layer, its parameters are in pieces again there.
+        output = forward(hidden, *args, **kwargs)
         g = torch.Generator().manual_seed(0)
         known = torch.randn(output.shape, generator=g).mul_(_PROBE_STD).to(output)
         weight, bias = _weight_and_bias(linear)
-        hidden = arguments[0]
         own_bias = None if bias is None else bias.to(hidden.dtype)
         calls.append((known, nn.functional.linear(hidden, weight.to(hidden.dtype), own_bias), output))
         return known.clone()
 
-    handle = linear.register_forward_hook(substitute)
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _patched(linear, "forward", substitute):
             outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
     finally:
-        handle.remove()
         model.train(training)
     if len(calls) != 1:
         raise UnsupportedHead(

@@ -29,6 +29,12 @@ def text(name: str) -> str:
     return (resources.files(__name__) / f"{name}.yaml").read_text(encoding="utf-8")
 
 
+def launch_files() -> list[str]:
+    """Paths of the shipped configurations of Accelerate."""
+    folder = resources.files("hf_kd") / "accelerate"
+    return sorted(str(entry) for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
 def summary(name: str) -> str:
     """The first line of a recipe, without the comment sign."""
     return text(name).splitlines()[0].lstrip("# ")
