@@ -55,6 +55,9 @@ embedding_weight last_hidden_weight layer_map
     "What is distilled of what the teacher says (docs/targets.md, docs/signals.md)": """
 teacher_calibration target_correction kd_weighting sparse_estimator
 """.split(),
+    "Where the teacher is (docs/teachers.md, docs/scaling.md)": """
+teacher_quantization teacher_device_map shard_teacher
+""".split(),
     "Evaluation on text that the student generates": """
 predict_with_generate generation_max_length generation_num_beams
 """.split(),

@@ -92,7 +92,8 @@ def layer_classes(model: nn.Module) -> list[str]:
     """Names of a model's layers, without what holds its input embedding: that may be tied to its head."""
     embedding = _part(model, "get_input_embeddings")
     names = set(getattr(model, "_no_split_modules", None) or ())
-    found, holders = set(), set()
+    found: set[str] = set()
+    holders: set[str] = set()
     for module in model.modules():
         kind = holders if embedding is not None and embedding in module.modules() else found
         kind.add(type(module).__name__)
