@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import (
@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from torch import Tensor
 
-from hf_kd.config import DistillationArguments, parse
+from hf_kd.config import DistillationArguments, parse, plainly
 from hf_kd.losses.projected import head_logits
 from hf_kd.options import RunOptions
 from hf_kd.rows import ROW
@@ -191,9 +191,16 @@ def whole_logits(signal: TeacherSignal) -> Tensor:
     return next(iter(signal.dense().values()))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing a usage that lacks the options of the run."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(plainly(message))
+
+
 def _parse(command: str, argv: Sequence[str]) -> tuple[Asked, RunOptions, DistillationArguments]:
     """Take the cache's own flags; the rest is parsed as `distill` does."""
-    parser = argparse.ArgumentParser(prog=f"hf-kd {command}", allow_abbrev=False, add_help=False)
+    parser = _Parser(prog=f"hf-kd {command}", allow_abbrev=False, add_help=False)
     parser.add_argument("--cache_dir", type=Path)
     parser.add_argument("--cache_fidelity", default="auto", choices=("auto", *FIDELITIES))
     parser.add_argument("--cache_entries", type=int, default=28)
@@ -202,10 +209,7 @@ def _parse(command: str, argv: Sequence[str]) -> tuple[Asked, RunOptions, Distil
     parser.add_argument("--shard_mib", type=int, default=256)
     parser.add_argument("--disk_mb", type=float, default=math.inf)
     parser.add_argument("--rows", type=int, default=64)
-    try:
-        own, rest = parser.parse_known_args(list(argv))
-    except SystemExit as error:
-        raise ValueError(f"hf-kd {command}: see hf-kd cache --help for its options") from error
+    own, rest = parser.parse_known_args(list(argv))
     if own.cache_dir is None and command != "cache plan":
         raise ValueError(f"hf-kd {command} needs a folder: --cache_dir DIR")
     for name in ("cache_entries", "shard_mib", "rows"):

@@ -49,7 +49,7 @@ def inspect(
     )
     if dataset is None:
         if training:
-            report.add("train_dataset", "train_dataset is None; training needs data.")
+            report.add("train_dataset", "train_dataset=None, but training needs data: pass train_dataset.")
         return report
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         report.add(name, f"{name} has 0 rows; give at least one.")
@@ -129,6 +129,13 @@ def _first_batch(
         batches = sample_batches(trainer, dataset, 1)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         columns = getattr(dataset, "column_names", None)
+        if str(error).startswith("No columns in the dataset match"):  # Trainer's own names no remedy
+            report.add(
+                name,
+                f"{name} has the columns {columns}, and the models read {_read_columns(trainer)}: tokenise "
+                "it (or prepare its images or sound) before it is passed, or rename its columns.",
+            )
+            return None
         report.add(
             name,
             f"{name}: the first rows could not be made into a batch ({type(error).__name__}: {error}). "
@@ -163,6 +170,13 @@ def _check_batch(
         supervision = task.supervise_batch(batch)
     except ValueError as error:
         report.add("train_dataset", str(error))
+        return
+    except (IndexError, RuntimeError, KeyError) as error:
+        report.add(
+            "task",
+            f"task={task.name!r} can't read the first batch ({type(error).__name__}: {error}), whose columns "
+            f"are {columns}. Choose the task that fits the model and its data.",
+        )
         return
     needs_labels = min(args.alpha, args.alpha if args.alpha_end is None else args.alpha_end) < 1.0
     if supervision.labels is None and needs_labels:

@@ -30,6 +30,18 @@ from hf_kd.options import DistillationOptions, RunOptions, nearest, raise_proble
 
 # A flag for one of these drops what the YAML says about its siblings: they are ways to say the same thing.
 _ALTERNATIVES = (("teacher", "teachers", "teacher_config"), ("student", "student_layers", "student_config"))
+# What other programs call an option.
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "model": "student",
+    "layers": "student_layers",
+    "data": "dataset",
+    "output": "output_dir",
+    "loss": "divergence",
+}
 # Options that take a function.
 _CALLABLES = ("divergence", "hidden_loss", "attention_loss")
 
@@ -80,7 +92,7 @@ class DistillationArguments(DistillationOptions, TrainingArguments):
                 found.append(str(error))
         divergence, options = self.divergence, self.divergence_options
         if divergence is None or divergence in ("auto", *VECTOR_LOSSES):
-            if options:
+            if options and isinstance(options, dict):
                 found.append(
                     f"divergence_options={options} need a divergence that takes them, "
                     f"not divergence={divergence!r}: name one, e.g. divergence='jsd'"
@@ -128,7 +140,7 @@ class _Parser(HfArgumentParser):
         read: Any = list(classes or (RunOptions, DistillationArguments))
         super().__init__(read, prog="hf-kd", allow_abbrev=False, add_help=False)
         if DistillationArguments in read:
-            next(a for a in self._actions if a.dest == "temperature").type = _number_or_auto
+            next(a for a in self._actions if a.dest == "temperature").type = number_or_auto
         hints = {name: hint for cls in read for name, hint in typing.get_type_hints(cls).items()}
         self.names: dict[str, Action] = {}
         self.hints: dict[str, tuple[Any, ...]] = {}
@@ -142,10 +154,30 @@ class _Parser(HfArgumentParser):
             self.hints[name] = tuple(typing.get_origin(member) or member for member in members) or (hint,)
 
     def error(self, message: str) -> typing.NoReturn:
-        raise ValueError(message)
+        raise ValueError(plainly(message))
 
 
-def _number_or_auto(text: str) -> float | str:
+def plainly(message: str) -> str:
+    """What argparse says of a flag, with the option, the value and the fix."""
+    invalid = re.match(r"argument --(\w+)[^:]*: invalid (\w+) value: '(.*)'$", message, re.DOTALL)
+    if invalid:
+        return f"{invalid[1]}={invalid[3]!r} {_is_no(invalid[2])}"
+    choice = re.match(r"argument --(\w+)[^:]*: invalid choice: (.*) \(choose from (.*)\)$", message)
+    if choice:
+        return f"{choice[1]}={choice[2]} is not known: use one of {choice[3].replace(chr(39), '')}"
+    missing = re.match(r"argument --(\w+)[^:]*: expected (?:at least )?one argument$", message)
+    return f"--{missing[1]} needs a value: --{missing[1]} VALUE" if missing else message
+
+
+def _is_no(kind: str) -> str:
+    """What is wrong with a text that a converter refused."""
+    kinds = {"float": "a number, as in 0.5", "int": "a whole number, as in 8"}
+    kinds["number_or_auto"] = "a number, as in 2.0, or auto"
+    return f"is not {kinds.get(kind, kind)}"
+
+
+def number_or_auto(text: str) -> float | str:
+    """The value of an option that may be measured instead of given."""
     return text if text == "auto" else float(text)
 
 
@@ -250,9 +282,10 @@ def _refuse_unknown(parser: _Parser, unknown: list[str]) -> None:
     if flags:
         name = flags[0].split("=", 1)[0]
         known = {f"--{known}" for known in (*parser.names, "config")}
-        raise ValueError(
-            f"unknown option {name}{nearest('--' + _flag_name(name), known)} (see --help and --help-all)"
-        )
+        word = _flag_name(name)
+        other = _ELSEWHERE.get(word)
+        close = f", did you mean '--{other}'?" if other else nearest(f"--{word}", known)
+        raise ValueError(f"unknown option {name}{close} (see --help and --help-all)")
     if unknown:
         raise ValueError(
             f"unexpected argument {unknown[0]!r}: every value needs a flag, as in --config my.yaml"
@@ -266,7 +299,9 @@ def _read_yaml(parser: _Parser, config: str) -> dict[str, Any]:
         loader = _YamlLoader(text)
         root = loader.get_single_node()
     except yaml.YAMLError as error:
-        raise ValueError(f"{source} is not YAML: {error}") from None
+        mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        where = f"{source}, line {mark.line + 1}" if mark is not None else source
+        raise ValueError(f"{where}: this is not YAML ({what}); write options as in `alpha: 0.5`") from None
     if root is None:
         return {}
     if not isinstance(root, yaml.MappingNode):
@@ -291,7 +326,10 @@ def _config_text(config: str) -> tuple[str, str]:
     if path.is_file():
         return str(path), path.read_text(encoding="utf-8")
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise ValueError(f"config={config!r} does not exist (looked for {path.absolute()})")
+        raise ValueError(
+            f"config={config!r} does not exist (looked for {path.absolute()}): give a YAML file, or the name "
+            "of a recipe (hf-kd recipes)"
+        )
     try:
         return f"recipe {config}", recipes.text(config)
     except ValueError as error:
@@ -303,11 +341,11 @@ def _convert(parser: _Parser, name: str, node: yaml.Node, loader: _YamlLoader) -
     action, kinds = parser.names[name], parser.hints[name]
     if isinstance(node, yaml.MappingNode):
         if dict not in kinds:
-            raise ValueError("takes no mapping")
+            raise ValueError("takes no mapping: write one value")
         return loader.construct_document(node)
     if isinstance(node, yaml.SequenceNode):
         if list not in kinds:
-            raise ValueError("takes one value, not a list")
+            raise ValueError("takes one value, not a list: write one without brackets")
         return [_convert_scalar(action, item) for item in node.value]
     if node.tag.endswith(":null"):
         if action.default is not None and type(None) not in kinds:
@@ -324,9 +362,9 @@ def _convert_scalar(action: Action, node: yaml.Node) -> Any:
     try:
         value = convert(node.value) if callable(convert) else node.value
     except ValueError:
-        raise ValueError(f"invalid {getattr(convert, '__name__', 'option')} value: {node.value!r}") from None
+        raise ValueError(f"{node.value!r} {_is_no(getattr(convert, '__name__', 'a value'))}") from None
     if action.choices is not None and value not in action.choices:
-        raise ValueError(f"{node.value!r} is not one of {', '.join(map(str, action.choices))}")
+        raise ValueError(f"{node.value!r} is not known: use one of {', '.join(map(str, action.choices))}")
     return value
 
 

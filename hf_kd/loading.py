@@ -57,22 +57,25 @@ def load_model(
         raise ValueError(f"task={task!r} is not known; choose one of {sorted(TASKS)}.")
     auto_class = getattr(transformers, TASKS[task].auto_class)
     extra: dict[str, Any] = {"device_map": device_map} if device_map else {}
-    model, info = auto_class.from_pretrained(
-        name_or_path,
-        dtype="auto" if dtype is None else dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=new_head,
-        **shared,
-        **extra,
-        **config_changes,
-    )
+    try:
+        model, info = auto_class.from_pretrained(
+            name_or_path,
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=new_head,
+            **shared,
+            **extra,
+            **config_changes,
+        )
+    except OSError as error:
+        raise _cannot_load(name_or_path, role, error) from error
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if absent and not new_head:
         raise NewHeadError(
             f"{role}={name_or_path!r} has no weights for "
             f"{', '.join(absent[:4])}{' ...' if len(absent) > 4 else ''}: "
-            f"that part of {type(model).__name__} would be random. Fine-tune the {role} on the task first, "
-            "or choose a checkpoint that was."
+            f"that part of {type(model).__name__} would be random. Fine-tune the {role} on the task first "
+            "(on the command line: train_teacher=true), or choose a checkpoint that was."
         )
     return model
 
@@ -81,7 +84,10 @@ def task_of_checkpoint(name_or_path: str, *, role: str, **shared: Any) -> str:
     """The task of a checkpoint, from the architecture that its config names."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(name_or_path, **shared)
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **shared)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name_or_path, role, error) from error
     for architecture in config.architectures or []:
         task = task_of_class(architecture)
         if task is not None:
@@ -89,6 +95,24 @@ def task_of_checkpoint(name_or_path: str, *, role: str, **shared: Any) -> str:
     raise ValueError(
         f"{role}={name_or_path!r} names the architecture {config.architectures}, whose head is not known. "
         f"Set task to one of {sorted(TASKS)}."
+    )
+
+
+def _cannot_load(name_or_path: str, role: str, error: Exception) -> ValueError:
+    """What to do about a model that is neither here nor on the Hub."""
+    path = Path(name_or_path).expanduser()
+    first = str(error).strip().splitlines()[0]
+    if path.is_dir():
+        files = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+        return ValueError(
+            f"{role}={name_or_path!r} is a folder, but no model can be loaded from it ({first}): it has "
+            f"{files}. Give the folder that save_pretrained wrote."
+        )
+    near = difflib.get_close_matches(name_or_path, [p.name for p in Path().iterdir() if p.is_dir()], n=1)
+    hint = f" Did you mean the folder {near[0]!r}?" if near else ""
+    return ValueError(
+        f"{role}={name_or_path!r} is no folder here, and can't be had from the Hub ({first}).{hint} Check "
+        "the name, the network and HF_HUB_OFFLINE, and `hf auth login` for a private model."
     )
 
 

@@ -315,7 +315,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def load_student(run: RunOptions, args: DistillationArguments, teacher: PreTrainedModel) -> PreTrainedModel:
     """The student: a checkpoint of its own, a cut of the teacher's layers, or a fresh one of other sizes."""
     if run.student_layers is not None:
-        return init_student(teacher, num_layers=run.student_layers)
+        try:
+            return init_student(teacher, num_layers=run.student_layers)
+        except ValueError as error:
+            raise ValueError(f"student_layers={run.student_layers}: {error}") from error
     if run.student_config is not None:
         return fresh_student(teacher, as_mapping(run.student_config), seed=args.seed)
     loading: dict[str, Any] = {

@@ -89,8 +89,10 @@ def prepare(
     """
     if task not in _PREPARE:
         raise ValueError(
-            f"task={task!r} has no data preparation for the command line (there is {', '.join(_PREPARE)}): "
-            "use DistillationTrainer in Python with rows of your own"
+            f"task={task!r} has no data preparation for the command line. If that is no more than what the "
+            f"teacher's checkpoint says of itself, set task to one of {', '.join(_PREPARE)} (with "
+            "train_teacher=true if it has no such head yet); else use DistillationTrainer in Python, with "
+            "rows of your own"
         )
     options = replace(options, task=task)
     processor, teacher_processor = _own_processors(processor, teacher_processor)

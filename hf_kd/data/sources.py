@@ -166,7 +166,7 @@ def _load_files(files: dict[str, list[Path]], options: RunOptions) -> dict[str, 
     except Exception as error:  # the readers raise errors of pandas, pyarrow, json ...
         cause = error.__cause__ or error
         if "corresponds to no data" in str(cause):  # only a header, or nothing at all
-            raise ValueError(f"dataset={options.dataset!r} has a split with no rows") from error
+            raise ValueError(f"dataset={options.dataset!r} has a split with no rows: give rows") from error
         raise ValueError(
             f"dataset: {', '.join(p for paths in names.values() for p in paths)} cannot be read as "
             f"{' or '.join(sorted(endings))}: {cause}. Check the file, or name its columns with column_names"

@@ -158,8 +158,8 @@ def _resolve(
         )
     if not isinstance(teacher, Teacher):
         raise ValueError(
-            f"teacher is a {type(teacher).__name__}; pass a model, a path or id, or an object with "
-            "__call__(batch) -> TeacherSignal, `identity` and `columns`."
+            f"teacher is of the class {type(teacher).__name__}, which is no teacher; pass a model, a path or "
+            "id, or an object with __call__(batch) -> TeacherSignal, `identity` and `columns`."
         )
     return teacher
 
