@@ -1,6 +1,7 @@
 # make demo    train a teacher, distil it, print the table (about two minutes on two cores)
 # make test    the whole suite
 # make lint types   what CI checks besides
+# make docs    the site, into build/site
 # Set-up is done once, into .venv; PYTHON=python3.12 picks the interpreter for it.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ WORKERS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test lint types install install-dev clean
+.PHONY: demo test lint types docs install install-dev clean
 
 demo: $(STAMP)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -29,6 +30,10 @@ lint: $(DEV_STAMP)
 types: $(DEV_STAMP)
 	$(BIN)/mypy
 
+# mkdocs-material advertises another program unless it is told not to.
+docs: $(DEV_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 install: $(STAMP)
 
 install-dev: $(DEV_STAMP)
@@ -41,7 +46,7 @@ $(STAMP): $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(DEV_STAMP): $(STAMP)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 clean:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
-from . import losses_page
+from hf_kd.options import DistillationOptions, GenerateOptions, RunOptions
+
+from . import losses_page, options_page
 from .heads_table import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +27,20 @@ def test_readme_is_short_and_names_existing_files() -> None:
     assert len(shown) > 8
     for name in shown:
         assert any(ROOT.glob(f"**/{name}")), name
+
+
+def test_options_page_is_current() -> None:
+    """`python -m tests.options_page > docs/options.md` was run after the last change."""
+    assert (ROOT / "docs" / "options.md").read_text() == options_page.page()
+
+
+def test_options_page_has_every_option_once() -> None:
+    """Each field of the dataclasses has a row, with its help."""
+    rows = [line for line in options_page.page().splitlines() if line.startswith("| `")]
+    for cls in (DistillationOptions, RunOptions, GenerateOptions):
+        for field in fields(cls):
+            assert any(row.startswith(f"| `{field.name}` |") for row in rows), field.name
+    assert len(rows) == sum(len(fields(cls)) for cls in (DistillationOptions, RunOptions, GenerateOptions))
 
 
 def test_losses_page_is_current() -> None:
