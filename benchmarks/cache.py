@@ -1,11 +1,13 @@
-"""What a sparse cache costs and loses: bytes, error, reading, writing, and a training step that reads it.
+"""What a sparse cache costs and loses: bytes, error, reading, writing, a training step, and what is learnt.
 
-    python benchmarks/cache.py                    # table, and benchmarks/results/cache.json
-    python benchmarks/cache.py --vocabulary 32000 --tokens 128
+    python benchmarks/cache.py                    # tables, and benchmarks/results/cache.json
+    python benchmarks/cache.py --parts codec --vocabulary 32000 --tokens 128
+    python benchmarks/cache.py --parts budget --text input.txt    # instead of Python's standard library
 
-Times are CPU time of one thread, medians of repeats. Logits are made: a Zipf curve plus noise. The step is
-one of `DistillationTrainer` on a small Llama: from the cache, without a teacher, and with one four times as
-wide in memory.
+The loss after a fixed training budget is in `budget.py`, the angle of the gradient in `sparse.py`. Times are
+CPU time of one thread, medians of repeats. Logits are made: a Zipf curve plus noise. The step is one of
+`DistillationTrainer` on a small Llama: from the cache, without a teacher, and with one four times as wide in
+memory.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from budget import budget
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -158,9 +161,27 @@ def step(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def show(found: dict[str, Any]) -> None:
+    """Tables of what was measured."""
+    console = Console(width=110)
+    if "codec" in found:
+        table = Table("", "16 bits", "8 bits")
+        for name in found["codec"]["16 bits"]:
+            table.add_row(name, *(f"{found['codec'][bits][name]:,.4g}" for bits in ("16 bits", "8 bits")))
+        console.print(table)
+    if "step" in found:
+        console.print(found["step"])
+    if "budget" in found:
+        table = Table("told", "cross-entropy", "KL to the teacher")
+        for arm, values in found["budget"]["means"].items():
+            table.add_row(arm, *("{:.3f} ± {:.3f}".format(*values[key]) for key in ("log_loss", "kl")))
+        console.print(table)
+
+
 def main() -> None:
-    """Measure, print, and keep."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure, print, and keep; parts that were not asked for stay as they were."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["codec", "step", "budget"])
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--entries", type=int, default=28)
@@ -168,20 +189,31 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--step_vocabulary", type=int, default=32_000)
+    parser.add_argument("--text", default="builtin:stdlib", help="of the budget: a file or Hub id")
+    parser.add_argument("--budget_vocabulary", type=int, default=8_192)
+    parser.add_argument("--budget_steps", type=int, default=160)
+    parser.add_argument("--teacher_steps", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=600.0, help="after which no run begins; call again")
+    parser.add_argument("--work", default="out/cache-budget", help="folder of the teacher and finished runs")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    found = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {}
+    found |= {"command": "python benchmarks/cache.py", "machine": machine("cpu")}
+    if {"codec", "step"} & set(args.parts):
+        names = ("vocabulary", "tokens", "entries", "width", "length", "steps", "step_vocabulary")
+        found["settings"] = {name: getattr(args, name) for name in names}
+    parts: dict[str, Callable[[Path], Any]] = {
+        "codec": lambda _: codec(args),
+        "step": lambda folder: step(args, folder / "cache"),
+        "budget": lambda folder: budget(args, folder),
+    }
     with tempfile.TemporaryDirectory() as folder:
-        found = {
-            "command": "python benchmarks/cache.py", "settings": vars(args), "machine": machine("cpu"),
-            "codec": codec(args), "step": step(args, Path(folder) / "cache"),
-        }  # fmt: skip
-    table = Table("", "16 bits", "8 bits")
-    for name in found["codec"]["16 bits"]:
-        table.add_row(name, *(f"{found['codec'][bits][name]:,.4g}" for bits in ("16 bits", "8 bits")))
-    console = Console(width=110)
-    console.print(table)
-    console.print(found["step"])
-    RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        for name in args.parts:
+            found[name] = parts[name](Path(folder))
+    show(found)
+    args.results.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ rows serve what is fitted, figures are of the test rows.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import re
 import sys
@@ -237,43 +238,44 @@ def measure(study: Study, record: Record, seeds: int) -> None:
     record.note(teachers=teachers)
 
 
+# Heading, key, factor, digits.
+SHOWN = (("accuracy, %", "accuracy", 100, 1), ("log loss, nats", "log_loss", 1, 3))
+
+
 def tables(record: dict[str, Any]) -> list[str]:
-    """A table: arms by cases, test accuracy, and in the last columns what each gains over plain."""
+    """Arms by cases, on test rows: plain as it is, the others by what they add to it, seed by seed."""
+    lines = []
+    for heading, key, factor, places in SHOWN:
+        lines += [f"| {heading} | {' | '.join(CASES)} |", "|---|" + "--:|" * len(CASES)]
+        own = [f"{factor * record['teachers'][case]['test'][key]:.{places}f}" for case in CASES]
+        lines.append(f"| teacher | {' | '.join(own)} |")
 
-    def runs(case: str, arm: str) -> list[float]:
-        found = [r for r in record["runs"] if (r["case"], r["arm"]) == (case, arm)]
-        return [100 * r["test"]["accuracy"] for r in sorted(found, key=lambda r: r["seed"])]
+        def runs(case: str, arm: str, key: str = key, factor: int = factor) -> list[float]:
+            found = [r for r in record["runs"] if (r["case"], r["arm"]) == (case, arm)]
+            return [factor * r["test"][key] for r in sorted(found, key=lambda r: r["seed"])]
 
-    def cell(values: list[float], sign: str) -> str:
-        return "{:{s}.1f} ± {:.1f}".format(*spread(values), s=sign)
-
-    lines = [f"| | {' | '.join(CASES)} |", "|---|" + "--:|" * len(CASES)]
-    lines.append(
-        "| teacher | "
-        + " | ".join(f"{100 * record['teachers'][c]['test']['accuracy']:.1f}" for c in CASES)
-        + " |"
-    )
-    for arm in ARMS:
-        cells = []
-        for case in CASES:
-            values, plain = runs(case, arm), runs(case, PLAIN)
-            gains = [a - b for a, b in zip(values, plain, strict=True)]
-            cells.append(cell(values, "") if arm == PLAIN else cell(gains, "+"))
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return lines
+        for arm in (PLAIN, *(name for name in ARMS if name != PLAIN)):
+            cells = []
+            for case in CASES:
+                plain = runs(case, PLAIN)
+                gains = [a - b for a, b in zip(runs(case, arm), plain, strict=True)]
+                mean, deviation = spread(plain if arm == PLAIN else gains)
+                sign = "" if arm == PLAIN else "+"
+                cells.append(f"{mean:{sign}.{places}f} ± {deviation:.{places}f}")
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines[:-1]
 
 
 def renew_page(folder: Path) -> None:
     """Replace what stands between `<!-- name -->` and `<!-- /name -->`."""
-    import json
-
     text = PAGE.read_text(encoding="utf-8")
     for path in sorted(folder.glob("targets_*.json")):
         lines = "\n".join(tables(json.loads(path.read_text(encoding="utf-8"))))
         mark = path.stem
         text = re.sub(
-            f"(<!-- {mark} -->\n).*?(\n<!-- /{mark} -->)",
-            lambda m, lines=lines: m[1] + lines + m[2], text, flags=re.DOTALL,
+            f"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)",
+            lambda m, lines=lines: f"{m[1]}{lines}\n{m[2]}", text, flags=re.DOTALL,
         )  # fmt: skip
     PAGE.write_text(text, encoding="utf-8")
 

@@ -13,9 +13,9 @@ The last line: a class drawn with probability `p / tau` at weight tau has the va
 `tau (tau - p)` in each draw is the estimate of Horvitz and Thompson (1952); the signs make products between
 classes vanish on average, so that |R|^2 sums the variances in the space of the parameters.
 
-The draws may be controlled (`SparseTeacher.control`, c below): what is added has no expectation, and turns
-each weight w into w (1 - c q / p). So G_D and R are linear in c, as (1 - c) of that at 0 and c of that at 1;
-G_D has the same mean at every c, and sigma^2 is least at
+The draws may be controlled (`SparseTeacher.control`, c below), which turns each weight w into w (1 - c q / p)
+and leaves their mean as it is. So G_D and R are linear in c, as (1 - c) of that at 0 and c of that at 1, and
+sigma^2 is least at
 
     c = <R_0, R_0 - R_1> / |R_0 - R_1|^2.
 
@@ -60,6 +60,8 @@ _MOST_BATCHES = 32
 # Gradients of more parameters than these, from the last ones on, are not compared: seven of them are held.
 _MOST_PARAMETERS = 1 << 27
 _SIGNS = 2
+# A control that takes away less of the noise is none: it is not worth the classes that it leaves out.
+_LEAST_GAIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -192,15 +194,24 @@ def angles(sums: Tensor, positions: int) -> Estimator:
     noise_0, noise_01, noise_1 = squares[3:]
     taken = noise_0 - 2 * noise_01 + noise_1
     control = min(max((noise_0 - noise_01) / taken, 0.0), 1.0) if taken > 0 else 0.0
-    shares = ((1 - control) ** 2, 2 * control * (1 - control), control**2)
-    draws, noise = (sum(map(math.prod, zip(shares, x, strict=True))) for x in (squares[:3], squares[3:]))
+    draws, noise = _controlled(squares, control)
+    if noise > (1 - _LEAST_GAIN) * noise_0:
+        control = 0.0
+        draws, noise = _controlled(squares, control)
     full = max(draws - noise, 1e-6 * draws, 1e-30)
     both = (1 - control) * both_0 + control * both_1
     cosine = both / math.sqrt(tail * full) if tail > 0 else 0.0
     angle_tail = math.degrees(math.acos(min(max(cosine, -1.0), 1.0)))
-    angle_draws = math.degrees(math.atan(math.sqrt(max(noise, 0.0) / full * positions / HORIZON)))
+    angle_draws = math.degrees(math.atan(math.sqrt(noise / full * positions / HORIZON)))
     name = "draws" if angle_draws < angle_tail else "tail"
     return Estimator(name, angle_tail, angle_draws, positions, control)
+
+
+def _controlled(squares: list[float], control: float) -> tuple[float, float]:
+    """`|G_D|^2` and `|R|^2` at a control, from those at 0, the product of both, and those at 1."""
+    shares = ((1 - control) ** 2, 2 * control * (1 - control), control**2)
+    draws, noise = (sum(map(math.prod, zip(shares, x, strict=True))) for x in (squares[:3], squares[3:]))
+    return draws, max(noise, 0.0)
 
 
 def _gradients(

@@ -139,7 +139,7 @@ def text_of(name: str) -> str:
     return "".join(row["text"] for part in load_dataset(name).values() for row in part)
 
 
-def tokens_of(text: str) -> dict[str, Tensor]:
+def tokens_of(text: str, *, vocabulary: int = VOCABULARY) -> dict[str, Tensor]:
     """`[blocks, BLOCK]` token ids of each part."""
     cuts = [0, int(0.9 * len(text)), int(0.95 * len(text)), len(text)]
     parts = dict(
@@ -147,7 +147,7 @@ def tokens_of(text: str) -> dict[str, Tensor]:
     )
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
-        parts["train"].splitlines(keepends=True), vocab_size=VOCABULARY, show_progress=False
+        parts["train"].splitlines(keepends=True), vocab_size=vocabulary, show_progress=False
     )
     blocks = {}
     for name, part in parts.items():
@@ -163,11 +163,11 @@ def rows_of(blocks: Tensor) -> list[dict[str, Any]]:
     return [{"input_ids": ids, "labels": ids, "row": i} for i, ids in enumerate(blocks)]
 
 
-def llama(width: int, layers: int, seed: int) -> LlamaForCausalLM:
+def llama(width: int, layers: int, seed: int, *, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     """A Llama with tied embeddings."""
     set_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=width * 8 // 3,
         num_hidden_layers=layers,

@@ -147,8 +147,8 @@ def _against_draws(logits: Tensor, teacher: SparseTeacher, weights: Tensor, temp
     weights = weights.to(log_q.dtype).masked_fill(~counts, 0.0)
     if not teacher.control:
         return (weights * gap).sum(-1)
-    ratio = (-gap).clamp_max(LOG_MOST_RATIO).exp()
-    return (weights * (gap + teacher.control * ratio)).sum(-1) - teacher.control
+    chance = (weights * (-gap).clamp_max(LOG_MOST_RATIO).exp()).sum(-1)
+    return (weights * gap).sum(-1) + teacher.control * (chance - chance.detach())
 
 
 def _with_tail(logits: Tensor, teacher: SparseTeacher, temperature: float) -> tuple[Tensor, Tensor]:

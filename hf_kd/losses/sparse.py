@@ -99,7 +99,6 @@ def sparse_terms(
         value, weights = (signal.weights * gap).sum(-1), signal.weights
         if signal.control:
             chance = signal.control * weights * (-gap).clamp_max(LOG_MOST_RATIO).exp()
-            value = value + chance.sum(-1) - signal.control
             weights = weights - chance.masked_fill(-gap > LOG_MOST_RATIO, 0.0)
         elements = (rows.reshape(-1), signal.ids.reshape(-1), (-kd.unsqueeze(1) * weights).reshape(-1))
         return SparseTerms(value, kd * weights.sum(-1), elements, teacher_best)

@@ -96,11 +96,12 @@ class SparseTeacher:
         weights: `[..., k]` what each entry stands for: its probability if it is there for certain; for a
             draw, what makes the expectation the probability (tau, for one kept with probability `p / tau`).
             Classes may repeat.
-        control: With weights, how much of a term without expectation is added to quieten the draws:
-            `control * (sum_i w_i q_i / p_i - 1)`, of the student's q. Its value and its gradient are 0 on
-            average, because `w_i / p_i` is one over the probability of having drawn i and q sums to 1; where
-            q is near p they undo most of what the draws add by chance. Entries with q above 32 p, which are
-            rare and would shake a step, are left out of it. 0: none.
+        control: With weights, how much of a control variate is added to quieten the draws: the gradient of
+            `sum_i w_i q_i / p_i`, of the student's q. It is 0 on average, because `w_i / p_i` is one over the
+            probability of having drawn i and q sums to 1; where q is near p it undoes most of what the draws
+            add by chance. Entries with q above 32 p, which are rare and would shake a step, are left out of
+            it: those classes are pushed down by `1 - control` of what they should. The value stays as it is.
+            0: none.
     """
 
     ids: Tensor
