@@ -19,10 +19,10 @@ from hf_kd.losses.divergences import forward_kl
 from hf_kd.losses.entries import sparse_divergence
 from hf_kd.sample import sample_batches
 from hf_kd.teachers.cache import FIDELITIES, CacheError
-from hf_kd.teachers.cache.keys import present, row_keys, teacher_view
+from hf_kd.teachers.cache.asking import ask
+from hf_kd.teachers.cache.keys import pieces, present, teacher_view
 from hf_kd.teachers.cache.make import CacheSettings, describe
-from hf_kd.teachers.cache.reader import ask
-from hf_kd.teachers.cache.record import rows_of, signal_of
+from hf_kd.teachers.cache.record import records, signal_of
 from hf_kd.teachers.signal import SparseSignal, TeacherSignal
 from hf_kd.trainer import DistillationTrainer
 
@@ -106,17 +106,17 @@ def estimate(
     trainer.student.eval()
     for batch in batches:
         view = teacher_view(batch, manifest.columns)
-        keys = row_keys(view, manifest.pad)
         mask = present(view, manifest.pad) if manifest.per_position else None
+        asked = pieces(view, manifest.pad, whole=mask is None)
         start = time.monotonic()
         answer = ask(teacher, batch, manifest.fidelity)
-        stored = list(rows_of(answer, mask, manifest, keys, list(range(len(keys)))).values())
+        stored = records(answer, mask, manifest, asked)
         seconds += time.monotonic() - start
         arrays = {name: np.concatenate([row[name] for row in stored]) for name in stored[0]}
         size += sum(array.nbytes for array in arrays.values())
-        seen += len(keys)
+        seen += len(next(iter(view.values())))
         device = next(iter(view.values())).device
-        read = signal_of(arrays, mask, manifest, len(keys), head=head, device=device)
+        read = signal_of(arrays, mask, manifest, len(stored), head=head, device=device)
         pair = Pairing.of(trainer, batch, whole_logits(answer), mask, settings.temperature)
         positions += len(pair.log_p)
         kl += float(pair.error(read).clamp_min(0).sum())

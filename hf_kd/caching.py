@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from torch import Tensor
 
+from hf_kd import served_run
 from hf_kd.config import DistillationArguments, parse, plainly
 from hf_kd.losses.projected import head_logits
 from hf_kd.options import RunOptions
@@ -29,13 +30,14 @@ from hf_kd.run import distiller
 from hf_kd.sample import sample_batches
 from hf_kd.setting import Setting, load, with_trained_teacher
 from hf_kd.teachers.cache import FIDELITIES, CachedTeacher, CacheError, CacheWriter, Manifest
+from hf_kd.teachers.cache.asking import ask
 from hf_kd.teachers.cache.card import write_card
 from hf_kd.teachers.cache.keys import present, teacher_view
 from hf_kd.teachers.cache.make import CacheSettings, changing_columns, describe, fill, save_head
-from hf_kd.teachers.cache.reader import ask
 from hf_kd.teachers.cache.record import DTYPES
 from hf_kd.teachers.cache.store import MANIFEST_FILE, check_shard, locked, read_shards
 from hf_kd.teachers.cache.writer import refuse_other
+from hf_kd.teachers.server import is_address
 from hf_kd.teachers.signal import TeacherSignal
 from hf_kd.trainer import DistillationTrainer
 
@@ -69,10 +71,14 @@ def prepare(command: str, argv: Sequence[str]) -> tuple[Asked, Setting, Distilla
         ValueError: If an option is wrong or missing.
     """
     asked, run, args = _parse(command, argv)
-    setting = load(run, args)
-    if setting.untrained:
-        setting = with_trained_teacher(setting)
-    trainer = distiller(setting)
+    if is_address(run.teacher):
+        setting = served_run.load(run, args)
+        trainer = served_run.distiller(setting)
+    else:
+        setting = load(run, args)
+        if setting.untrained:
+            setting = with_trained_teacher(setting)
+        trainer = distiller(setting)
     if trainer.teacher is None:
         raise ValueError(
             f"alpha={args.alpha} asks no teacher, so there is nothing to cache: set alpha above 0"
@@ -307,6 +313,9 @@ def _difference(trainer: DistillationTrainer, cached: CachedTeacher, inputs: Map
 
     if read.sparse is not None:
         there = read.sparse.ids >= 0
+        if live.sparse is not None:
+            # Both have the likeliest first: what is equally likely may change places.
+            return float((live.sparse.log_probs - read.sparse.log_probs)[there].abs().max())
         log_p = (whole_logits(live).float() / read.sparse.temperature).log_softmax(-1)
         pairs = [(log_p.gather(-1, read.sparse.ids.clamp_min(0))[there], read.sparse.log_probs[there])]
     elif read.hidden is not None and live.hidden is not None:

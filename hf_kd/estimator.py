@@ -107,7 +107,11 @@ def settle(trainer: DistillationTrainer) -> Estimator:
         return Estimator("tail")  # draws have no unbiased estimate of other divergences
     measured = measure(trainer)
     if measured is None:
-        return Estimator("tail")  # the signal has no draws
+        logger.warning(
+            "sparse_estimator='auto' takes 'tail': the teacher's signal has no unbiased draws (log_tau), "
+            "only the likeliest classes and the mass of all others."
+        )
+        return Estimator("tail")
     logger.warning(
         "sparse_estimator='auto' takes %r: over %d positions its gradient is nearer to the full one (tail "
         "%.1f degrees, draws with control %.2g %.1f; measured on %d positions).",

@@ -96,7 +96,8 @@ def match_inputs(trainer: DistillationTrainer) -> None:
         AlignmentError: If two models' inputs differ in a way that can't be undone, and the data has no
             `teacher_` columns.
     """
-    teacher = trainer.teacher
+    # One behind a cache is asked about rows that the cache lacks.
+    teacher = getattr(trainer.teacher, "live", None) or trainer.teacher
     teachers = [m.teacher for m in teacher.members] if isinstance(teacher, Ensemble) else [teacher]
     for one in teachers:
         if isinstance(one, ModelTeacher):

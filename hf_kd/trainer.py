@@ -45,7 +45,8 @@ from .settling import Settled
 from .students import memory
 from .targets import Target
 from .tasks import TEXT_ENDS, Batch, Supervision, Task, resolve_task
-from .teachers import EMATeacher, Teacher, resolve_teacher
+from .teachers import CachedTeacher, EMATeacher, Teacher, resolve_teacher
+from .teachers.cache.adding import AddingCallback
 from .teachers.selves import EMACallback
 from .terms import TermLog
 
@@ -173,6 +174,8 @@ class DistillationTrainer(Trainer):
         self.add_callback(FiniteLossCallback(self))
         if isinstance(self.teacher, EMATeacher):
             self.add_callback(EMACallback(self, self.teacher))
+        if isinstance(self.teacher, CachedTeacher) and self.teacher.live is not None:
+            self.add_callback(AddingCallback(self, self.teacher.flush))
         if args.kl_threshold is not None:
             self.add_callback(KLThresholdCallback(args.kl_threshold))
 

@@ -328,10 +328,23 @@ def test_tokens_by_text(model: Any) -> None:
         spelling("unheard of")
 
 
-def test_packed_rows_are_refused(server: Any) -> None:
+def test_packed_texts_are_asked_about_one_by_one(server: Any, model: Any) -> None:
+    """Trap 45: without a mask packed texts don't see each other, in a model as on the server."""
+    ids, positions = torch.tensor([[3, 4, 5, 6, 7]]), torch.tensor([[0, 1, 2, 0, 1]])
+    found = sparse(server[0], {"input_ids": ids, "position_ids": positions})
+    for place in (slice(0, 3), slice(3, 5)):
+        alone = {"input_ids": ids[:, place], "attention_mask": torch.ones_like(ids[:, place])}
+        check(found.map(lambda values, place=place: values[:, place]), model, alone, 5)
+    asked = [row for _, _, body in server[1].requests for row in body["prompt"]]
+    assert sorted(asked) == [[3, 4, 5], [6, 7]]
+
+
+def test_texts_packed_behind_one_mask_are_refused(server: Any) -> None:
     given = {"input_ids": torch.tensor([[3, 4, 5, 6]]), "position_ids": torch.tensor([[0, 1, 0, 1]])}
-    with pytest.raises(ValueError, match="position_ids start anew"):
-        sparse(server[0], given)
+    with pytest.raises(ValueError, match="position_ids start anew.*Leave out the mask"):
+        sparse(server[0], {**given, "attention_mask": torch.ones(1, 4, dtype=torch.long)})
+    with pytest.raises(ValueError, match="or elsewhere than at 0"):
+        sparse(server[0], {**given, "position_ids": torch.tensor([[0, 1, 4, 5]])})
     given["position_ids"] = torch.arange(4)[None]
     assert sparse(server[0], given).ids.shape == (1, 4, 5)
 
@@ -612,6 +625,13 @@ def test_the_command_line_with_a_server(tmp_path: Path, capsys: pytest.CaptureFi
         assert main(["check", *command]) == 0
         assert len(served.requests) > 0
         assert main(["distill", *command]) == 0
+        said = str(tmp_path / "said")
+        assert main(["cache", *command, "--cache_dir", said]) == 0
+        assert main(["cache", "verify", *command, "--cache_dir", said, "--rows", "4"]) == 0
+        assert "rows computed again" in capsys.readouterr().out
+        asked = len(served.requests)
+        assert main(["distill", *command[:-1], str(tmp_path / "read"), "--teacher_cache", said]) == 0
+        assert len(served.requests) == asked, "a cache that has all rows is read, and nobody is asked"
         assert main(["distill", *[word if word != "1" else "2" for word in command]]) == 2
         assert "temperature=2, but a server" in capsys.readouterr().err
         assert main(["distill", *command, "--push_to_hub"]) == 2

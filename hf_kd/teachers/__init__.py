@@ -9,8 +9,8 @@ from torch import nn
 from ..loading import load_model
 from ..tasks import TASKS, Task
 from .cache import CachedTeacher
-from .cache.make import tokenizer_hash
-from .cache.opening import open_cache
+from .cache.make import sparse_manifest, tokenizer_hash
+from .cache.opening import open_cache, start_cache
 from .ensemble import Ensemble
 from .models import ModelTeacher, fingerprint
 from .quantise import loading_options, quantise
@@ -66,9 +66,15 @@ def resolve_teacher(
 
 
 def _live(
-    teacher: Any, task: Task, args: DistillationArguments, *, student: nn.Module, processor: Any
+    teacher: Any,
+    task: Task,
+    args: DistillationArguments,
+    *,
+    student: nn.Module,
+    processor: Any,
+    place: bool = True,
 ) -> Teacher | None:
-    """A teacher that is asked."""
+    """A teacher that is asked; one that is not is left where it is."""
     if teacher is None:
         if args.needs_teacher:
             raise ValueError(
@@ -78,9 +84,8 @@ def _live(
         return None
     if isinstance(teacher, list | tuple):
         # In its own place each is loaded; an ensemble that is offloaded has none on the device.
-        members = [
-            _resolve(one, task, args, student, processor, place=not args.ensemble_offload) for one in teacher
-        ]
+        placed = place and not args.ensemble_offload
+        members = [_resolve(one, task, args, student, processor, place=placed) for one in teacher]
         routes = args.teacher_routes
         return Ensemble(
             members,
@@ -94,7 +99,7 @@ def _live(
         )
     if not isinstance(teacher, Ensemble):
         _refuse_ensemble_options(args)
-    return _resolve(teacher, task, args, student, processor)
+    return _resolve(teacher, task, args, student, processor, place=place)
 
 
 def _refuse_ensemble_options(args: DistillationArguments) -> None:
@@ -169,9 +174,22 @@ def _from_cache(
 ) -> CachedTeacher:
     """What the teacher said before; it is loaded only if it may be asked about rows that are not there."""
     name = teacher if isinstance(teacher, str) else None
-    live = None
-    if teacher is not None and (name is None or args.cache_miss == "compute"):
-        live = _live(teacher, task, args, student=student, processor=processor)
+    live, asked = None, args.cache_miss == "compute"
+    if teacher is not None and (name is None or asked or is_address(name)):
+        live = _live(teacher, task, args, student=student, processor=processor, place=asked)
+    if asked and isinstance(live, ServedTeacher):
+        # All that is to be known of its answers is known before it is asked.
+        start_cache(
+            str(args.teacher_cache),
+            sparse_manifest(
+                live,
+                entries=live.top_k,
+                classes=live.vocab_size or 0,
+                temperature=1.0,
+                draws=False,
+                processor=processor,
+            ),
+        )
     return open_cache(
         str(args.teacher_cache),
         device=args.device,
@@ -181,4 +199,5 @@ def _from_cache(
         revision=args.teacher_revision,
         dtype=args.teacher_dtype,
         tokenizer=tokenizer_hash(processor),
+        rank=args.process_index,
     )

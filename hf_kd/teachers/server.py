@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..tasks import Task
 from ..tasks.text import CausalLM
+from .cache.keys import pieces
 from .signal import SparseSignal, TeacherSignal
 from .transport import ServerError, Transport
 from .wire import WIRE_FORMATS, Position, Row, WireFormat
@@ -106,10 +107,11 @@ class ServedTeacher:
         return ("input_ids", "attention_mask", "position_ids")
 
     def __call__(self, batch: Mapping[str, Any]) -> TeacherSignal:
-        """Ask about every row of a batch; equal rows are asked about once.
+        """Ask about every text of a batch; equal ones are asked about once.
 
         Args:
-            batch: `input_ids` `[B, L]`, and `attention_mask` if rows are padded (on either side).
+            batch: `input_ids` `[B, L]`, and `attention_mask` if rows are padded (on either side); or, where
+                texts are packed into rows without padding, `position_ids` that start anew with each.
 
         Returns:
             A sparse signal `[B, L, k]`; positions that predict nothing have no entry.
@@ -117,12 +119,12 @@ class ServedTeacher:
         ids: Tensor = batch["input_ids"]
         places = _places(batch)
         tokens = ids.cpu()
-        rows = [tokens[b, place].tolist() for b, place in enumerate(places)]
+        rows = [tokens[b, place].tolist() for b, place in places]
         known = self._ask(list({tuple(row): row for row in rows if len(row) > 1}.values()))
         shape = (*ids.shape, self.top_k)
         out_ids, out_logs = torch.full(shape, -1), torch.zeros(shape)
         log_tail = torch.zeros(ids.shape)
-        for b, (row, place) in enumerate(zip(rows, places, strict=True)):
+        for row, (b, place) in zip(rows, places, strict=True):
             if len(row) > 1:
                 out_ids[b, place[:-1]], out_logs[b, place[:-1]], log_tail[b, place[:-1]] = known[tuple(row)]
         device = ids.device
@@ -209,11 +211,12 @@ def spelling_of(tokenizer: Any) -> Callable[[str], int]:
     return spelling
 
 
-def _places(batch: Mapping[str, Any]) -> list[Tensor]:
-    """The positions of each row's tokens, in order.
+def _places(batch: Mapping[str, Any]) -> list[tuple[int, Tensor]]:
+    """The row of each text, and the positions of its tokens, in order.
 
     Raises:
-        ValueError: If a row is several sequences packed together: a server would let them see each other.
+        ValueError: If texts packed into a row are behind one mask, so that a model would let them see each
+            other, and a server that is asked about them one by one would not.
     """
     ids, mask, positions = (batch.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
     assert ids is not None
@@ -223,17 +226,23 @@ def _places(batch: Mapping[str, Any]) -> list[Tensor]:
             f"attention_mask has shape {tuple(there.shape)} and input_ids {tuple(ids.shape)}: a served "
             "teacher can't be given a mask of its own."
         )
-    places: Sequence[Tensor] = [row.nonzero().squeeze(-1) for row in there.cpu()]
-    for b, place in enumerate(places):
+    if mask is None and positions is not None and positions.shape == ids.shape:
+        view = {"input_ids": ids, "position_ids": positions}
+        places = [(piece.row, piece.positions(there).cpu()) for piece in pieces(view)]
+    else:
+        places = [(b, row.nonzero().squeeze(-1)) for b, row in enumerate(there.cpu())]
+    for b, place in places:
         if positions is None:
             continue
         numbers = positions.cpu()[b % len(positions), place]
         if len(place) and not torch.equal(numbers - numbers[0], torch.arange(len(place))):
             raise ValueError(
-                "position_ids start anew within a row: several texts are packed into it, and a served "
-                "teacher would read each after the one before. Don't pack, or use a model in memory."
+                "position_ids start anew within a row that has an attention_mask, or elsewhere than at 0: "
+                "models in memory read what follows after what was before, and a server reads texts one by "
+                "one. Leave out the mask, as padding-free batches do (DataCollatorWithFlattening), or don't "
+                "pack."
             )
-    return list(places)
+    return places
 
 
 def served_teacher(

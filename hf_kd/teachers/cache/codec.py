@@ -37,6 +37,7 @@ class SparseCodec:
         entries: Kept per position.
         temperature: Of the teacher's softmax.
         bits: Of a log-probability: 8 or 16.
+        draws: Whether entries beyond the certain ones are draws; without them all are the likeliest.
 
     Raises:
         ValueError: If these don't fit together.
@@ -46,6 +47,7 @@ class SparseCodec:
     entries: int
     temperature: float = 1.0
     bits: int = 16
+    draws: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what could not be decoded."""
@@ -74,19 +76,22 @@ class SparseCodec:
         return (self.entries * self.id_bits + 7) // 8
 
     def describe(self) -> dict[str, Any]:
-        """The layout as it goes into a manifest."""
-        return asdict(self)
+        """The layout as it goes into a manifest; draws are the rule, and only their absence is said."""
+        return {name: value for name, value in asdict(self).items() if name != "draws" or not value}
 
     def encode(self, signal: SparseSignal) -> np.ndarray:
         """`[N, stride]` bytes of a signal `[N, entries]`.
 
         Raises:
-            ValueError: If the signal has other entries or another temperature, or ids outside the vocabulary.
+            ValueError: If the signal has other entries, another temperature, draws where there are to be
+                none, or ids outside the vocabulary.
         """
         if signal.ids.ndim != 2 or signal.ids.shape[-1] != self.entries:
             raise ValueError(f"signal of {tuple(signal.ids.shape)}; the codec stores [N, {self.entries}]")
         if signal.temperature != self.temperature:
             raise ValueError(f"signal at temperature {signal.temperature}, the codec at {self.temperature}")
+        if signal.has_draws and not self.draws:
+            raise ValueError("signal with draws, for a codec without")
         ids = signal.ids.cpu().numpy().astype(np.int64)
         if ids.size and (ids.max() >= self.classes or ids.min() < -1):
             raise ValueError(f"ids from {ids.min()} to {ids.max()}, outside the {self.classes} classes")
@@ -136,8 +141,8 @@ class SparseCodec:
             log_probs=_nats(data[:, _HEAD + self._id_bytes :], self.bits),
             log_tail=_nats(data[:, 1:3], 16).squeeze(-1),
             temperature=self.temperature,
-            certain=torch.from_numpy(certain),
-            log_tau=_nats(data[:, 3:5], 16).squeeze(-1),
+            certain=torch.from_numpy(certain) if self.draws else None,
+            log_tau=_nats(data[:, 3:5], 16).squeeze(-1) if self.draws else None,
         )
 
 

@@ -1,13 +1,19 @@
 """What a teacher sees of each row, without padding, and the hash that a row is found by.
 
 Keys are made of content, so shuffling, another batch size, subsets, several epochs and duplicated rows change
-nothing: the same input has the same key wherever it stands. A packed row is one input.
+nothing: the same input has the same key wherever it stands.
+
+A row of several texts is as many inputs where its texts don't see each other: `position_ids` that start anew
+and no attention mask, which is how Transformers marks them (padding-free batches). A text then has the key
+that it has in a row of its own. Elsewhere a token's answer depends on the texts before it, and the whole row
+is one input.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +22,7 @@ from torch import Tensor
 
 from ...tasks.text import DECODED
 from ..models import TEACHER_PREFIX
+from .store import CacheError
 
 KEY_BYTES = 16
 # What says where padding is, or how to compute, and not what there is to see.
@@ -42,6 +49,12 @@ def present(view: Mapping[str, Tensor], pad: int | None = None) -> Tensor | None
         if name not in view:
             continue
         if mask in view:
+            if view[mask].shape != view[name].shape:
+                raise CacheError(
+                    f"{mask} has the shape {tuple(view[mask].shape)} and {name} {tuple(view[name].shape)}: a "
+                    "mask of who sees whom is not cached. For texts that don't see each other give "
+                    "position_ids that start anew with each, and no mask."
+                )
             return view[mask] != 0
         ids = view[name]
         if name == "input_ids" or pad is None:
@@ -52,10 +65,52 @@ def present(view: Mapping[str, Tensor], pad: int | None = None) -> Tensor | None
     return None
 
 
+@dataclass(frozen=True)
+class Piece:
+    """One input of a batch: a row, or one of the texts that are packed into it.
+
+    Attributes:
+        key: Hash of what the teacher sees of it.
+        row: Where it is.
+        start: Its first position among those of the row that exist.
+        stop: The one after its last; None: to the end.
+    """
+
+    key: bytes
+    row: int
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether it shares its row with others."""
+        return self.stop is not None
+
+    def positions(self, mask: Tensor) -> Tensor:
+        """Its positions in the row, where the mask `[B, L]` says which exist."""
+        return mask[self.row].nonzero().squeeze(-1)[self.start : self.stop]
+
+
 def row_keys(view: Mapping[str, Tensor], pad: int | None = None) -> list[bytes]:
-    """A key for each row: a hash of the names, types, shapes and unpadded values that the teacher sees."""
+    """The keys of a batch's inputs, in order."""
+    return [piece.key for piece in pieces(view, pad)]
+
+
+def pieces(view: Mapping[str, Tensor], pad: int | None = None, *, whole: bool = False) -> list[Piece]:
+    """The inputs of a batch, row after row, each with its key.
+
+    A key is a hash of the names, types, shapes and unpadded values that the teacher sees. Positions that
+    count from 0 are what a model assumes anyway, and are no part of it.
+
+    Args:
+        view: What the teacher reads.
+        pad: The padding token of a decoder without a mask.
+        whole: Take rows as they are, also where several texts are in them.
+
+    Raises:
+        CacheError: If an attention mask has another shape than the tokens.
+    """
     rows = len(next(iter(view.values())))
-    digests = [hashlib.blake2b(digest_size=KEY_BYTES) for _ in range(rows)]
     masks = {
         side: present({k: v for k, v in view.items() if k in (side, mask)}, pad)
         for side, mask in SIDES.items()
@@ -63,6 +118,12 @@ def row_keys(view: Mapping[str, Tensor], pad: int | None = None) -> list[bytes]:
     }
     if "input_ids" not in view and "attention_mask" in view:  # sound
         masks["input_ids"] = view["attention_mask"] != 0
+    if "position_ids" in view and len(view["position_ids"]) == 1 < rows:
+        # One row of positions for all of them.
+        view = {**view, "position_ids": view["position_ids"].expand(rows, *view["position_ids"].shape[1:])}
+    ranges = [[(0, None)] for _ in range(rows)] if whole else [_texts(view, i) for i in range(rows)]
+    spans = [(i, start, stop) for i in range(rows) for start, stop in ranges[i]]
+    digests = [hashlib.blake2b(digest_size=KEY_BYTES) for _ in spans]
     for name in sorted(view):
         if name in _NOT_CONTENT:
             continue
@@ -71,12 +132,36 @@ def row_keys(view: Mapping[str, Tensor], pad: int | None = None) -> list[bytes]:
         if values.is_floating_point():
             values = values.float()
         array = values.numpy()
-        for i, digest in enumerate(digests):
-            row = array[i] if mask is None else array[i][mask[i]]
-            row = row.astype(np.int64) if row.dtype.kind in "iub" else row
-            digest.update(f"{name}:{row.dtype}:{row.shape};".encode())
-            digest.update(np.ascontiguousarray(row).tobytes())
-    return [digest.digest() for digest in digests]
+        for digest, (i, start, stop) in zip(digests, spans, strict=True):
+            part = array[i] if mask is None else array[i][mask[i]][start:stop]
+            part = part.astype(np.int64) if part.dtype.kind in "iub" else part
+            if name == "position_ids" and part.ndim == 1 and np.array_equal(part, np.arange(len(part))):
+                continue
+            digest.update(f"{name}:{part.dtype}:{part.shape};".encode())
+            digest.update(np.ascontiguousarray(part).tobytes())
+    return [Piece(d.digest(), *span) for d, span in zip(digests, spans, strict=True)]
+
+
+def once(found: Iterable[Piece]) -> list[Piece]:
+    """The first of each key, in order."""
+    first: dict[bytes, Piece] = {}
+    for piece in found:
+        first.setdefault(piece.key, piece)
+    return list(first.values())
+
+
+def _texts(view: Mapping[str, Tensor], row: int) -> list[tuple[int, int | None]]:
+    """Where the texts of a row begin and end; one from start to end if they are read as one."""
+    ids, positions = view.get("input_ids"), view.get("position_ids")
+    if ids is None or positions is None or positions.shape != ids.shape or ids.ndim != 2:
+        return [(0, None)]
+    if "attention_mask" in view or "decoder_input_ids" in view:
+        return [(0, None)]
+    numbers = positions[row].cpu()
+    starts = (numbers.diff(prepend=numbers[:1] - 1) != 1).nonzero().squeeze(-1).tolist()
+    if not starts or int(numbers[0]) != 0 or any(int(numbers[s]) != 0 for s in starts):
+        return [(0, None)]
+    return list(zip([0, *starts], [*starts, len(numbers)], strict=True))
 
 
 def _mask_of(name: str, values: Tensor, masks: Mapping[str, Tensor | None]) -> np.ndarray | None:

@@ -19,11 +19,11 @@ from torch import Tensor
 from ...alignment import tokenizer_of
 from ...losses.tiles import Head
 from ..models import TEACHER_PREFIX
-from ..signal import Teacher, TeacherSignal
+from ..signal import SparseSignal, Teacher, TeacherSignal
+from .asking import ask, ask_about, refuse_crossing
 from .codec import SparseCodec
-from .keys import present, row_keys, teacher_view
-from .reader import ask
-from .record import DTYPES, rows_of
+from .keys import once, pieces, present, teacher_view
+from .record import DTYPES
 from .store import HEAD_FILE, CacheError, Manifest, checksum
 from .writer import CacheWriter
 
@@ -76,6 +76,8 @@ def describe(
     config = getattr(model, "config", None)
     pad = getattr(config, "pad_token_id", None) if "decoder_input_ids" in view else None
     signal = ask(teacher, batch, "sparse" if settings.fidelity == "auto" else settings.fidelity)
+    if signal.sparse is not None:
+        return _of_sparse(teacher, signal.sparse, settings, processor=processor), None
     classes = _classes(signal)
     fidelity = settings.fidelity
     if fidelity == "auto":
@@ -111,23 +113,80 @@ def describe(
         tokenizer=tokenizer_hash(processor),
         pad=pad,
         codec=codec.describe() if codec else None,
-        versions={name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        versions=_versions(),
         note=_note(config, classes),
     )
     return manifest, signal.hidden.head if fidelity == "hidden" and signal.hidden is not None else None
 
 
-def _tensors(signal: TeacherSignal) -> Mapping[str, Tensor]:
-    """What there is to keep of an answer, by name.
+def _of_sparse(
+    teacher: Teacher, signal: SparseSignal, settings: CacheSettings, *, processor: Any
+) -> Manifest:
+    """What a cache holds of a teacher that is sparse itself: its entries as they are."""
+    if settings.fidelity not in ("auto", "sparse"):
+        raise CacheError(
+            f"fidelity={settings.fidelity!r}, but the teacher's signal is sparse, a few entries of its "
+            "distribution: choose 'sparse'"
+        )
+    classes = getattr(teacher, "vocab_size", None) or getattr(
+        getattr(teacher, "config", None), "vocab_size", 0
+    )
+    return sparse_manifest(
+        teacher,
+        entries=signal.ids.shape[-1],
+        classes=classes or int(signal.ids.max()) + 1,
+        temperature=signal.temperature,
+        bits=settings.bits,
+        draws=signal.has_draws,
+        processor=processor,
+        per_position=signal.ids.ndim == 3,
+    )
+
+
+def sparse_manifest(
+    teacher: Teacher,
+    *,
+    entries: int,
+    classes: int,
+    temperature: float,
+    draws: bool,
+    bits: int = 16,
+    processor: Any = None,
+    per_position: bool = True,
+) -> Manifest:
+    """What a cache will hold of a teacher whose signal is sparse itself, before it is asked anything.
 
     Raises:
-        CacheError: If it is sparse already.
+        ValueError: If a cache can't hold so many entries, at most 255 and no more than there are classes.
     """
+    codec = SparseCodec(classes, entries, temperature, bits, draws)
+    # A server doesn't say what it computes in.
+    dtype = str(getattr(getattr(teacher, "model", None), "dtype", "unknown")).removeprefix("torch.")
+    return Manifest(
+        fidelity="sparse",
+        teacher=dict(teacher.identity),
+        columns=[name for name in teacher.columns if not name.startswith(TEACHER_PREFIX)],
+        outputs=["sparse"],
+        dtype=dtype,
+        stored=dtype,
+        shapes={},
+        per_position=per_position,
+        tokenizer=tokenizer_hash(processor),
+        codec=codec.describe(),
+        versions=_versions(),
+        note={"classes": classes, "id2label": {}},
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+
+
+def _tensors(signal: TeacherSignal) -> Mapping[str, Tensor]:
+    """What there is to keep of an answer, by name."""
     if signal.hidden is not None:
         return {"hidden": signal.hidden.hidden}
-    if signal.logits:
-        return signal.logits
-    raise CacheError(f"this teacher's signal is {signal.fidelity!r} already, which is not cached again")
+    return signal.dense()
 
 
 def _rank(tensors: Mapping[str, Tensor]) -> int:
@@ -163,17 +222,18 @@ def fill(
         batches: What the teacher reads.
         progress: Told the number of rows of each finished batch.
     """
-    manifest = writer.manifest
+    manifest, apart = writer.manifest, False
     for batch in batches:
         view = teacher_view(batch, manifest.columns)
-        keys = row_keys(view, manifest.pad)
-        wanted = list({key: i for i, key in reversed(list(enumerate(keys))) if key not in writer}.values())
+        mask = present(view, manifest.pad) if manifest.per_position else None
+        asked = pieces(view, manifest.pad, whole=mask is None)
+        wanted = once(piece for piece in asked if piece.key not in writer)
         if wanted:
-            mask = present(view, manifest.pad) if manifest.per_position else None
-            signal = ask(teacher, batch, manifest.fidelity)
-            for i, arrays in sorted(rows_of(signal, mask, manifest, keys, sorted(wanted)).items()):
-                writer.add(keys[i], arrays)
-        progress(len(keys))
+            answer = ask_about(teacher, batch, mask, manifest.fidelity, wanted)
+            apart = apart or refuse_crossing(teacher, answer)
+            for piece, arrays in zip(wanted, answer.records(manifest), strict=True):
+                writer.add(piece.key, arrays)
+        progress(len({piece.row for piece in asked}))
     writer.flush()
 
 

@@ -9,7 +9,8 @@ import torch
 
 from ..signal import Teacher
 from .reader import CachedTeacher
-from .store import CacheError, Manifest
+from .store import MANIFEST_FILE, CacheError, Manifest
+from .writer import refuse_other
 
 
 def open_cache(
@@ -22,6 +23,7 @@ def open_cache(
     revision: str | None = None,
     dtype: str | None = None,
     tokenizer: str = "",
+    rank: int = 0,
 ) -> CachedTeacher:
     """A cached teacher, checked against what the run says of its teacher.
 
@@ -34,12 +36,19 @@ def open_cache(
         revision: The revision that the run asks for.
         dtype: The dtype that the run asks for.
         tokenizer: Hash of the run's tokenizer.
+        rank: Of this process.
 
     Raises:
         CacheError: If the cache is damaged, or was made with another teacher, revision, dtype or tokenizer;
             names both.
     """
     path = local_folder(folder)
+    if miss == "compute" and not Path(folder).expanduser().is_dir():
+        raise CacheError(
+            f"cache_miss='compute' adds what the teacher says to the cache, but teacher_cache={folder!r} is "
+            f"the Hub's copy: download it (hf download {folder} --repo-type dataset --local-dir DIR) and "
+            "give DIR"
+        )
     manifest = Manifest.read(path)
     wanted: dict[str, tuple[Any, Any]] = {}
     if live is not None:
@@ -67,7 +76,21 @@ def open_cache(
             f"teacher_cache={folder!r} was made with something else than this run asks for ({said}). Make a "
             "cache with this run's options, or give the options that the cache was made with."
         )
-    return CachedTeacher(path, device=device, live=live, miss=miss)
+    return CachedTeacher(path, device=device, live=live, miss=miss, rank=rank)
+
+
+def start_cache(folder: str, manifest: Manifest) -> None:
+    """Make an empty cache, which `cache_miss="compute"` fills; one that is there stays as it is.
+
+    Raises:
+        CacheError: If a folder that is there holds something else than the manifest says.
+    """
+    path = Path(folder).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    if (path / MANIFEST_FILE).exists():
+        refuse_other(path, manifest)
+    else:
+        manifest.write(path)
 
 
 def local_folder(folder: str) -> Path:

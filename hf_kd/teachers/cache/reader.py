@@ -17,8 +17,10 @@ from torch import Tensor
 from ...losses.tiles import Head
 from ..models import TEACHER_PREFIX
 from ..signal import Teacher, TeacherSignal
-from .keys import KEY_BYTES, present, row_keys, teacher_view
-from .record import rows_of, signal_of
+from .adding import Additions
+from .asking import ask_about, refuse_crossing
+from .keys import KEY_BYTES, Piece, once, pieces, present, teacher_view
+from .record import signal_of
 from .store import (
     HEAD_FILE,
     CacheError,
@@ -41,8 +43,10 @@ class CachedTeacher:
     Args:
         folder: A cache that `hf-kd cache` made.
         device: Where signals are wanted.
-        live: The teacher itself, for rows that are not there.
-        miss: What happens with such rows: "error", or "compute": `live` is asked, its answer kept in memory.
+        live: The teacher itself, for rows that are not there; not kept where it isn't asked.
+        miss: What happens with such rows: "error", or "compute": `live` is asked, and its answer is added to
+            the folder (see `flush`).
+        rank: Of this process, for what it adds.
 
     Raises:
         CacheError: If the cache is damaged (names the part) or empty.
@@ -56,21 +60,26 @@ class CachedTeacher:
         device: torch.device | str = "cpu",
         live: Teacher | None = None,
         miss: str = "error",
+        rank: int = 0,
     ) -> None:
         """Open the shards; nothing but keys is read."""
-        self.folder, self.device, self.live, self.miss = Path(folder), torch.device(device), live, miss
+        self.folder, self.device, self.miss = Path(folder), torch.device(device), miss
         if miss not in MISSES:
             raise ValueError(f"cache_miss={miss!r} is not known: use one of {', '.join(MISSES)}")
         if miss == "compute" and live is None:
             raise ValueError("cache_miss='compute' needs a teacher to ask: give one beside teacher_cache")
+        #: Who is asked about rows that are not there.
+        self.live = live if miss == "compute" else None
         self.manifest = Manifest.read(self.folder)
-        self._shards = [self._open(shard) for shard in read_shards(self.folder)]
-        if not self._shards:
+        self._shards: list[dict[str, np.ndarray]] = []
+        self._names: set[str] = set()
+        self._lists: dict[str, tuple[int, int]] = {}
+        self._refresh()
+        if not self._shards and self.live is None:
             raise CacheError(f"{self.folder} has no rows: run hf-kd cache to its end")
-        self._index()
         self._head = self._load_head() if self.manifest.fidelity == "hidden" else None
-        #: Rows that the live teacher was asked about, by key.
-        self._asked: dict[bytes, dict[str, np.ndarray]] = {}
+        self._added = Additions(self.folder, rank)
+        self._apart = False  # whether it is known that packed texts don't see each other
 
     @property
     def identity(self) -> dict[str, str]:
@@ -105,26 +114,58 @@ class CachedTeacher:
         """
         view = teacher_view(batch, self.manifest.columns)
         mask = present(view, self.manifest.pad) if self.manifest.per_position else None
-        keys = row_keys(view, self.manifest.pad)
-        places = self._find(keys)
-        missing = [i for i, place in enumerate(places) if place < 0 and keys[i] not in self._asked]
+        asked = pieces(view, self.manifest.pad, whole=mask is None)
+        places = self._find(asked)
+        missing = self._missing(asked, places)
+        if missing and self.live is not None and self._refresh():
+            places = self._find(asked)  # another process has added some
+            missing = self._missing(asked, places)
+        if missing and self.live is None:
+            raise CacheError(self._why(missing[0], view, mask))
         if missing:
-            if self.miss == "error" or self.live is None:
-                raise CacheError(self._why(missing[0], view, mask))
-            self._ask(batch, mask, keys, missing)
-        rows = [self._row(keys[i], place) for i, place in enumerate(places)]
+            self._ask(batch, mask, missing)
+        rows = [self._row(piece.key, place) for piece, place in zip(asked, places, strict=True)]
         lengths = [len(next(iter(row.values()))) for row in rows]
-        expected = [1] * len(rows) if mask is None else mask.sum(-1).tolist()
+        expected = [1 if mask is None else len(piece.positions(mask)) for piece in asked]
         if lengths != expected:
             i = next(i for i, (a, b) in enumerate(zip(lengths, expected, strict=True)) if a != b)
             raise CacheError(
-                f"row {i} has {expected[i]} positions, its record in {self.folder} {lengths[i]}: "
+                f"row {asked[i].row} has {expected[i]} positions, its record in {self.folder} {lengths[i]}: "
                 "it is damaged"
             )
         arrays = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        if self._added.due:
+            self.flush()
         return signal_of(
             arrays, mask, self.manifest, len(rows), head=self._head, device=self._device_of(view)
         )
+
+    def flush(self) -> None:
+        """Write what the live teacher was asked about since the last time; called by the trainer too.
+
+        Raises:
+            CacheError: If the disk is full, or `hf-kd cache` is writing the same folder.
+        """
+        if self._added.flush() is not None:
+            self._refresh()
+
+    def _refresh(self) -> bool:
+        """Open shards that were listed since the last look; whether there are any."""
+        paths = sorted(self.folder.glob("shards-*.json"))
+        lists = {path.name: ((stat := path.stat()).st_mtime_ns, stat.st_size) for path in paths}
+        if lists == self._lists and lists:
+            return False
+        self._lists = lists
+        new = [shard for shard in read_shards(self.folder) if shard.file not in self._names]
+        self._shards += [self._open(shard) for shard in new]
+        self._names |= {shard.file for shard in new}
+        self._index()
+        return bool(new)
+
+    def _missing(self, asked: list[Piece], places: list[int]) -> list[Piece]:
+        """The inputs that nothing is known of, each once."""
+        pairs = zip(asked, places, strict=True)
+        return once(piece for piece, place in pairs if place < 0 and piece.key not in self._added.rows)
 
     def _device_of(self, view: Mapping[str, Tensor]) -> torch.device:
         return next(iter(view.values())).device if view else self.device
@@ -169,17 +210,20 @@ class CachedTeacher:
 
     def _index(self) -> None:
         """Sort all keys by their first half; the second decides where that is not enough."""
-        keys = np.concatenate([np.asarray(arrays["keys"]) for arrays in self._shards])
+        none = np.zeros((0, KEY_BYTES), dtype=np.uint8)
+        keys = np.concatenate([none, *(np.asarray(arrays["keys"]) for arrays in self._shards)])
         halves = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
         order = np.lexsort((halves[:, 1], halves[:, 0]))
-        shard = np.repeat(np.arange(len(self._shards)), [len(a["keys"]) for a in self._shards])
-        row = np.concatenate([np.arange(len(a["keys"])) for a in self._shards])
+        lengths = [len(arrays["keys"]) for arrays in self._shards]
+        shard = np.repeat(np.arange(len(lengths)), lengths)
+        row = np.arange(len(keys)) - np.repeat(np.cumsum([0, *lengths])[:-1], lengths)
         self._hi, self._lo = halves[order, 0], halves[order, 1]
         self._shard, self._at = shard[order], row[order]
 
-    def _find(self, keys: list[bytes]) -> list[int]:
-        """Place of each key in the index; -1 where there is none."""
-        wanted = np.frombuffer(b"".join(keys), dtype=">u8").astype(np.uint64).reshape(-1, 2)
+    def _find(self, asked: list[Piece]) -> list[int]:
+        """Place of each input in the index; -1 where there is none."""
+        keys = b"".join(piece.key for piece in asked)
+        wanted = np.frombuffer(keys, dtype=">u8").astype(np.uint64).reshape(-1, 2)
         first = np.searchsorted(self._hi, wanted[:, 0], side="left")
         found = []
         for place, (hi, lo) in zip(first.tolist(), wanted, strict=True):
@@ -191,7 +235,7 @@ class CachedTeacher:
 
     def _row(self, key: bytes, place: int) -> Mapping[str, np.ndarray]:
         if place < 0:
-            return self._asked[key]
+            return self._added.rows[key]
         arrays, row = self._shards[self._shard[place]], self._at[place]
         begin, end = int(arrays["starts"][row]), int(arrays["starts"][row + 1])
         about = ("keys", "starts", "sums")
@@ -204,14 +248,20 @@ class CachedTeacher:
         return found
 
     def _ask(
-        self, batch: Mapping[str, Any], mask: Tensor | None, keys: list[bytes], missing: list[int]
+        self,
+        batch: Mapping[str, Any],
+        mask: Tensor | None,
+        missing: list[Piece],
     ) -> None:
         assert self.live is not None
-        if not self._asked:
-            logger.warning("%s lacks rows of this data: the teacher is asked about them.", self.folder)
-        signal = ask(self.live, batch, self.manifest.fidelity)
-        for i, arrays in rows_of(signal, mask, self.manifest, keys, missing).items():
-            self._asked[keys[i]] = arrays
+        if not self._added.started:
+            logger.warning(
+                "%s lacks rows of this data: the teacher is asked, and they are added.", self.folder
+            )
+        answer = ask_about(self.live, batch, mask, self.manifest.fidelity, missing)
+        self._apart = self._apart or refuse_crossing(self.live, answer)
+        for piece, arrays in zip(missing, answer.records(self.manifest), strict=True):
+            self._added.add(piece.key, arrays)
 
     def _load_head(self) -> Head:
         path, about = self.folder / HEAD_FILE, self.manifest.head or {}
@@ -222,50 +272,26 @@ class CachedTeacher:
         tensors = {name: tensor.to(self.device) for name, tensor in load_file(path).items()}
         return Head(tensors["weight"], tensors.get("bias"), about.get("softcap"), about.get("scale", 1.0))
 
-    def _why(self, row: int, view: Mapping[str, Tensor], mask: Tensor | None) -> str:
+    def _why(self, piece: Piece, view: Mapping[str, Tensor], mask: Tensor | None) -> str:
         """Which row is missing, and what usually brings that about."""
+        row = piece.row
         name = next((n for n in ("input_ids", "decoder_input_ids") if n in view), next(iter(view)))
-        start = view[name][row].flatten()[:8].tolist()
+        start = view[name][row].flatten()[piece.start : piece.stop][:8].tolist()
         reasons = []
         if mask is not None:
             lengths = [int(np.diff(a["starts"]).max(initial=0)) for a in self._shards]
-            length = int(mask[row].sum())
+            length = len(piece.positions(mask))
             reasons.append(
                 f"another max_length (this row has {length} positions, the longest cached one {max(lengths)})"
             )
             reasons += ["another tokenizer", "tokens masked at random"]
+            reasons += [] if piece.packed else ["texts packed or cut into blocks in another way"]
         if any(value.is_floating_point() for value in view.values()):
             reasons += ["random augmentation or mixup", "another image or audio processor"]
         reasons.append("rows that were not there when the cache was made")
         return (
-            f"row {row} of this batch is not in the cache {self.folder} ({self.rows} rows, read by "
-            f"{', '.join(sorted(view))}): its {name} begins with {start}. Usual reasons: "
-            f"{'; '.join(reasons)}. Make the cache with this run's data, or set cache_miss='compute' to ask "
-            "the teacher."
+            f"{'a text packed into ' if piece.packed else ''}row {row} of this batch is not in the cache "
+            f"{self.folder} ({self.rows} rows, read by {', '.join(sorted(view))}): its {name} begins with "
+            f"{start}. Usual reasons: {'; '.join(reasons)}. Make the cache with this run's data, or set "
+            "cache_miss='compute' to ask the teacher."
         )
-
-
-def ask(teacher: Teacher, batch: Mapping[str, Any], fidelity: str) -> TeacherSignal:
-    """A teacher's answer with what a fidelity stores: hidden states where it has a head, else logits.
-
-    Raises:
-        CacheError: If the fidelity is "hidden" and the teacher has no output layer that is known.
-    """
-    from ...losses.heads import UnsupportedHead, find_head, head_inputs
-    from ...losses.tiles import HiddenTeacher
-    from ..models import ModelTeacher
-
-    if fidelity == "logits" or not isinstance(teacher, ModelTeacher):
-        return teacher(batch)
-    try:
-        one = {k: v[:1] if isinstance(v, Tensor) and v.ndim > 0 else v for k, v in batch.items()}
-        spec = find_head(teacher.model, teacher.inputs(one))
-    except UnsupportedHead as error:
-        if fidelity == "hidden":
-            raise CacheError(
-                f"fidelity='hidden' is not possible: {error} Choose 'logits' or 'sparse'."
-            ) from error
-        return teacher(batch)
-    with head_inputs(spec) as captured:
-        teacher(batch)
-    return TeacherSignal(hidden=HiddenTeacher(*captured[-1]))

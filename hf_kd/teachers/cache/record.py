@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from ...losses.projected import head_logits
 from ...losses.tiles import Head, HiddenTeacher
 from ..signal import SparseSignal, TeacherSignal
 from .codec import SparseCodec
+from .keys import Piece
 from .sampling import threshold_sample
 from .store import CacheError, Manifest
 
@@ -26,34 +27,38 @@ DTYPES = {
 _LOGIT_BYTES = 128 << 20
 
 
-def rows_of(
-    signal: TeacherSignal, mask: Tensor | None, manifest: Manifest, keys: list[bytes], wanted: list[int]
-) -> dict[int, dict[str, np.ndarray]]:
-    """What is stored of the wanted rows of a batch: arrays `[positions, ...]` by name.
+def records(
+    signal: TeacherSignal, mask: Tensor | None, manifest: Manifest, wanted: Sequence[Piece]
+) -> list[dict[str, np.ndarray]]:
+    """What is stored of some inputs of a batch: arrays `[positions, ...]` by name, one mapping each.
 
     Args:
         signal: The teacher's answer.
         mask: `[B, L]` which positions exist; None for heads with one answer a row.
         manifest: What the cache holds.
-        keys: Of all rows; the draws of a sparse signal depend on nothing else.
-        wanted: Numbers of the rows.
+        wanted: The inputs; the draws of a sparse signal depend on their keys and on nothing else.
 
     Raises:
         CacheError: If the answer has another shape than the cache holds, or values that it can't hold.
     """
     if manifest.fidelity == "sparse":
         codec = SparseCodec(**(manifest.codec or {}))
-        return {i: {"sparse": codec.encode(_sample(signal, mask, codec, i, keys[i]))} for i in wanted}
+        return [{"sparse": codec.encode(_sample(signal, mask, codec, piece))} for piece in wanted]
+    if signal.sparse is not None:
+        raise CacheError(
+            f"the teacher's signal is sparse, which a cache of fidelity {manifest.fidelity!r} can't hold: "
+            "choose another folder"
+        )
     if manifest.fidelity == "hidden":
         assert signal.hidden is not None
         tensors: Mapping[str, Tensor] = {"hidden": signal.hidden.hidden}
     else:
         tensors = signal.dense()
-    found: dict[int, dict[str, np.ndarray]] = {}
-    for i in wanted:
+    found: list[dict[str, np.ndarray]] = []
+    for piece in wanted:
         arrays = {}
         for name in manifest.outputs:
-            values = tensors[name][i] if mask is None else _positions(tensors[name], mask, i)
+            values = tensors[name][piece.row] if mask is None else positions_of(tensors[name], mask, piece)
             shape = list(values.shape if mask is None else values.shape[1:])
             if shape != manifest.shapes[name]:
                 raise CacheError(
@@ -61,7 +66,7 @@ def rows_of(
                     f"fidelity {manifest.fidelity!r} holds one shape. Pad rows to one length or size."
                 )
             arrays[name] = _stored(values.unsqueeze(0) if mask is None else values, manifest.stored, name)
-        found[i] = arrays
+        found.append(arrays)
     return found
 
 
@@ -86,16 +91,15 @@ def signal_of(
     """
     if manifest.fidelity == "sparse":
         signal = SparseCodec(**(manifest.codec or {})).decode(arrays["sparse"])
-        assert signal.certain is not None and signal.log_tau is not None
         place = None if mask is None else mask.cpu()
+        fill = {"ids": -1, "log_probs": 0.0, "log_tail": 0.0, "certain": 0, "log_tau": -torch.inf}
         spread = {
-            "ids": _spread(signal.ids, place, -1),
-            "log_probs": _spread(signal.log_probs, place, 0.0),
-            "log_tail": _spread(signal.log_tail, place, 0.0),
-            "certain": _spread(signal.certain, place, 0),
-            "log_tau": _spread(signal.log_tau, place, -torch.inf),
+            name: None if (value := getattr(signal, name)) is None else _spread(value, place, empty)
+            for name, empty in fill.items()
         }
-        moved = {name: value.to(device) for name, value in spread.items()}
+        moved: dict[str, Any] = {
+            name: None if value is None else value.to(device) for name, value in spread.items()
+        }
         return TeacherSignal(sparse=SparseSignal(temperature=signal.temperature, **moved))
     found = {}
     for name in manifest.outputs:
@@ -109,13 +113,14 @@ def signal_of(
     return TeacherSignal(logits=found)
 
 
-def _positions(values: Tensor, mask: Tensor, row: int) -> Tensor:
+def positions_of(values: Tensor, mask: Tensor, piece: Piece) -> Tensor:
+    """What a batch's `[B, L, ...]` says of an input, `[positions, ...]`."""
     if values.shape[:2] != mask.shape:
         raise CacheError(
             f"the teacher answers {tuple(values.shape[:2])} positions for an input of {tuple(mask.shape)}: "
             "what it says of a row depends on the padding of the others. Such a head is not cached."
         )
-    return values[row][mask[row].to(values.device)]
+    return values[piece.row].index_select(0, piece.positions(mask).to(values.device))
 
 
 def _stored(values: Tensor, dtype: str, name: str) -> np.ndarray:
@@ -136,19 +141,19 @@ def _loaded(array: np.ndarray, dtype: str) -> Tensor:
     )  # fmt: skip
 
 
-def _sample(
-    signal: TeacherSignal, mask: Tensor | None, codec: SparseCodec, row: int, key: bytes
-) -> SparseSignal:
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
+def _sample(signal: TeacherSignal, mask: Tensor | None, codec: SparseCodec, piece: Piece) -> SparseSignal:
+    if signal.sparse is not None:
+        return _own(signal.sparse, mask, codec, piece)
+    generator = torch.Generator().manual_seed(int.from_bytes(piece.key[:7], "little"))
     settings: dict[str, Any] = {
         "temperature": codec.temperature, "least_certain": codec.entries // 2, "generator": generator,
     }  # fmt: skip
     if signal.hidden is None:
         (logits,) = signal.dense().values()
-        values = logits[row].unsqueeze(0) if mask is None else _positions(logits, mask, row)
+        values = logits[piece.row].unsqueeze(0) if mask is None else positions_of(logits, mask, piece)
         return threshold_sample(values.cpu(), codec.entries, **settings)
     assert mask is not None
-    hidden, head = _positions(signal.hidden.hidden, mask, row), signal.hidden.head
+    hidden, head = positions_of(signal.hidden.hidden, mask, piece), signal.hidden.head
     step = max(1, _LOGIT_BYTES // (4 * head.classes))
     parts = [
         threshold_sample(head_logits(HiddenTeacher(part, head)).cpu(), codec.entries, **settings)
@@ -157,6 +162,20 @@ def _sample(
     names = ("ids", "log_probs", "log_tail", "certain", "log_tau")
     joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     return SparseSignal(temperature=codec.temperature, **joined)
+
+
+def _own(signal: SparseSignal, mask: Tensor | None, codec: SparseCodec, piece: Piece) -> SparseSignal:
+    """What a teacher that is sparse itself says of an input, as it is."""
+    said = {"entries": signal.ids.shape[-1], "temperature": signal.temperature, "draws": signal.has_draws}
+    holds = {name: getattr(codec, name) for name in said}
+    if said != holds:
+        raise CacheError(
+            f"the teacher's sparse signal has {said}, the cache {holds}: choose another folder, or ask for "
+            "the same (server_top_k is the number of entries of a teacher on a server)"
+        )
+    if mask is None:
+        return signal.map(lambda values: values[piece.row].unsqueeze(0))
+    return signal.map(lambda values: positions_of(values, mask, piece))
 
 
 def _spread(values: Tensor, mask: Tensor | None, fill: float) -> Tensor:

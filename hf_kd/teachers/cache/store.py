@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -273,20 +274,29 @@ def map_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, patience: float = 0.0) -> Iterator[None]:
     """Be the folder's only writer; the lock goes with the process, however it ends.
+
+    Args:
+        folder: The cache.
+        patience: Seconds to wait for another writer to leave.
 
     Raises:
         CacheError: If another process writes there.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CacheError(
-                f"{folder} is being written by another process: wait for it, or choose another folder"
-            ) from error
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise CacheError(
+                        f"{folder} is being written by another process: wait for it, or choose another folder"
+                    ) from error
+            time.sleep(0.02)
         yield
 
 

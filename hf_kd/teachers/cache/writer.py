@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -108,23 +108,33 @@ class CacheWriter:
         if not self._keys:
             return
         arrays = shard_arrays(self._keys, self._arrays)
-        taken = {shard.file for shard in self._shards}
-        numbers = (f"shard-{self.rank:05d}-{i:06d}.safetensors" for i in range(len(taken) + 1))
-        name = next(name for name in numbers if name not in taken)
-        try:
-            shard = write_shard(self.folder, name, arrays)
-            write_list(self.folder, self.rank, [*self._shards, shard])
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            safe = sum(done.rows for done in self._shards)
-            raise CacheError(
-                f"the disk of {self.folder} is full: {safe} rows of this writer are safe. Make room and run "
-                "the same command again: it goes on from there"
-            ) from error
+        shard = append_shard(self.folder, self.rank, self._shards, arrays)
         self._shards.append(shard)
         self.bytes += shard.bytes
         self._keys, self._arrays, self._bytes = [], [], 0
+
+
+def append_shard(folder: Path, rank: int, own: Sequence[Shard], arrays: Mapping[str, np.ndarray]) -> Shard:
+    """Write and list one more shard of a rank that has some; the folder is locked by the caller.
+
+    Raises:
+        CacheError: If the disk is full; what was written before stays.
+    """
+    taken = {shard.file for shard in own}
+    numbers = (f"shard-{rank:05d}-{i:06d}.safetensors" for i in range(len(taken) + 1))
+    name = next(name for name in numbers if name not in taken)
+    try:
+        shard = write_shard(folder, name, arrays)
+        write_list(folder, rank, [*own, shard])
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        safe = sum(done.rows for done in own)
+        raise CacheError(
+            f"the disk of {folder} is full: {safe} rows of this writer are safe. Make room and run "
+            "the same command again: it goes on from there"
+        ) from error
+    return shard
 
 
 def refuse_other(folder: Path, manifest: Manifest) -> None:
