@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,19 @@ from hf_kd.options import DistillationOptions, RunOptions
 from hf_kd.pages import write_html
 from hf_kd.publish import publish
 from hf_kd.results import Results
-from hf_kd.setting import Setting, alone, load, wiring, with_trained_teacher
+from hf_kd.setting import (
+    Setting,
+    alone,
+    load,
+    load_named_teacher,
+    other_teachers,
+    wiring,
+    with_trained_teacher,
+)
 from hf_kd.settling import describe_target
 from hf_kd.teachers.server import is_address
 from hf_kd.trainer import DistillationTrainer
+from hf_kd.waiting import WaitingTeacher, rested, woken
 
 
 def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
@@ -61,19 +71,24 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
         )
     initial = copy.deepcopy(setting.student)
     trainer = distiller(setting)
+    again = setting.run, args
+    setting = rested(setting, trainer, partial(load_named_teacher, *again), partial(other_teachers, *again))
     console.rule("student", align="left")
     trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint, args.folder))
     trainer.save_model(args.output_dir)
-    models = {"teacher": setting.teacher, "student": trainer.accelerator.unwrap_model(trainer.model)}
+    models = {"student": trainer.accelerator.unwrap_model(trainer.model)}
     if trainer.settled is not None and trainer.settled.weights is not None:
         learned: dict[str, Any] = {"ensemble_weighting": "fixed", "ensemble_weights": trainer.settled.weights}
         setting = dataclasses.replace(setting, args=dataclasses.replace(args, **learned))
     steps = trainer.state.global_step, trainer.state.max_steps
     history = _numbers(trainer.state.log_history)
+    identity = {} if trainer.teacher is None else trainer.teacher.identity
     del trainer
     control = train_control(setting, initial, *steps)
     if control is not None:
         models["control"] = control
+    setting = woken(setting, identity)
+    models = {"teacher": setting.teacher, **models}
     results = compare(setting, models, history, minutes=(time.monotonic() - start) / 60)
     if results is None:
         return None
@@ -146,10 +161,13 @@ def refuse_problems(setting: Setting) -> None:
 def distiller(setting: Setting) -> DistillationTrainer:
     """The trainer that the run is about."""
     wanted = setting.args.needs_teacher and setting.args.self_teacher is None
+    teaching: Any = setting.teaching
+    if isinstance(teaching, WaitingTeacher):
+        teaching = teaching.name_or_path  # compared by name, and not loaded
     trainer = DistillationTrainer(
         setting.student,
         setting.args,
-        teacher=setting.teaching if wanted else None,
+        teacher=teaching if wanted else None,
         task=setting.run.task,
         teacher_processing_class=setting.teacher_processor,
         **wiring(setting.data, setting.processor),

@@ -27,6 +27,7 @@ from hf_kd.students import init_student
 from hf_kd.tasks import TASKS
 from hf_kd.teachers.quantise import loading_options
 from hf_kd.trainer import DistillationTrainer
+from hf_kd.waiting import is_read, waiting
 
 TRAINED_FILE = "trained.json"
 
@@ -107,7 +108,10 @@ def load(run: RunOptions, args: DistillationArguments) -> Setting:
     teacher_processor = load_processor(run, raw, revision=args.teacher_revision, **shared)
     processor = load_processor(run, raw, role="student", **shared) if run.student else teacher_processor
     left = left_teacher(run, args) if run.train_teacher else None
-    teacher = left or load_teacher(run, args, raw, teacher_processor)
+    teacher: Any = left
+    if left is None and run.student and is_read(args) and not (run.train_teacher or run.teachers):
+        teacher = waiting(run, args, partial(load_named_teacher, run, args))
+    teacher = teacher or load_teacher(run, args, raw, teacher_processor)
 
     def prepared(model: PreTrainedModel, own: Any, other: Any) -> Prepared:
         with args.main_process_first(desc="preparing the rows"):
@@ -128,10 +132,7 @@ def load(run: RunOptions, args: DistillationArguments) -> Setting:
         teacher_processor=teacher_processor,
         data=teacher_data if same else prepared(student, processor, teacher_processor),
         teacher_data=teacher_data,
-        others=tuple(
-            load_model(name, run.task, role="teachers", **_teacher_loading(args))  # type: ignore[misc]
-            for name in (run.teachers or [])[1:]
-        ),
+        others=other_teachers(run, args),
         untrained=run.train_teacher and left is None,
     )
 
@@ -177,7 +178,7 @@ def load_teacher(
 ) -> PreTrainedModel:
     """The teacher from its checkpoint, or a new one; with a head for the labels if it is to be trained."""
     if run.teacher and not run.train_teacher:
-        return load_model(run.teacher, run.task, role="teacher", **_teacher_loading(args))  # type: ignore[return-value]
+        return load_named_teacher(run, args)
     labels = describe_labels(raw, run)
     names = list(labels.names) if labels is not None else []
     if not run.teacher:
@@ -195,6 +196,23 @@ def load_teacher(
         head = _head(names or [str(i) for i in range(labels.count)], labels.problem_type)
     return load_model(  # type: ignore[return-value]
         run.teacher, run.task, role="teacher", new_head=True, **_teacher_loading(args, trained=True), **head
+    )
+
+
+def load_named_teacher(run: RunOptions, args: DistillationArguments) -> PreTrainedModel:
+    """The teacher from its checkpoint, or the one that this run trained."""
+    if run.train_teacher:
+        own = left_teacher(run, args)
+        assert own is not None
+        return own
+    return load_model(str(run.teacher), run.task, role="teacher", **_teacher_loading(args))  # type: ignore[return-value]
+
+
+def other_teachers(run: RunOptions, args: DistillationArguments) -> tuple[PreTrainedModel, ...]:
+    """Further teachers, where there are several."""
+    return tuple(
+        load_model(name, run.task, role="teachers", **_teacher_loading(args))  # type: ignore[misc]
+        for name in (run.teachers or [])[1:]
     )
 
 

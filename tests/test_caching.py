@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +20,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from hf_kd import cli
+from hf_kd import DistillationTrainer, cli, init_student, setting
 from hf_kd.cache_plan import Estimate, recommend
 from hf_kd.data.processors import train_tokenizer
 from hf_kd.results import Results
 from hf_kd.teachers.models import ModelTeacher
+from hf_kd.waiting import WaitingTeacher, woken
 
 from .hub import hub
 
@@ -264,3 +267,57 @@ def test_a_cache_is_uploaded_as_a_dataset(texts, tmp_path):
 def test_wrong_options_are_named(texts, arguments, said, capsys):
     assert cli.main(["cache", *classifier(texts), *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def alive(layers):
+    """Classifiers of so many layers that somebody still holds."""
+    gc.collect()
+    found = (o for o in gc.get_objects() if type(o) is BertForSequenceClassification)
+    return sum(model.config.num_hidden_layers == layers for model in found)
+
+
+@pytest.mark.parametrize("student", ["cut", "own"])
+def test_the_teacher_is_not_in_memory_while_the_student_trains(student, texts, tmp_path, monkeypatch):
+    """Trap 27: gone before training, and back for the table; with a student of its own it is not loaded."""
+    cache = tmp_path / "cache"
+    assert cli.main(["cache", *classifier(texts), "--cache_dir", str(cache)]) == 0
+    arguments = classifier(texts, "--max_steps", "2", "--output_dir", tmp_path / "out")
+    if student == "own":
+        whole = BertForSequenceClassification.from_pretrained(texts / "bert")
+        init_student(whole, num_layers=1).save_pretrained(tmp_path / "own")
+        del whole
+        train_tokenizer(WORDS, 300, task="sequence-classification").save_pretrained(tmp_path / "own")
+        i = arguments.index("--student_layers")
+        arguments[i : i + 2] = ["--student", str(tmp_path / "own")]
+    events = []
+    train, load = DistillationTrainer.train, setting.load_model
+
+    def loading(name, *args, **kwargs):
+        events.append(kwargs["role"])
+        return load(name, *args, **kwargs)
+
+    def training(self, *args, **kwargs):
+        events.append(alive(layers=2))
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(setting, "load_model", loading)
+    monkeypatch.setattr(DistillationTrainer, "train", training)
+    assert cli.main(["distill", *arguments, "--teacher_cache", str(cache)]) == 0
+    before = ["teacher"] if student == "cut" else ["student"]
+    # The student, the control, then the teacher for the table.
+    assert events == [*before, 0, 0, "teacher"]
+    arms = Results.read(tmp_path / "out" / "results.json").arms
+    assert arms["teacher"].eval_kl == 0 and arms["student"].eval_kl > 0
+    events.clear()
+    assert cli.main(["distill", *arguments, "--control", "false"]) == 0
+    assert 1 in events, "counter-example: a live teacher is held"
+
+
+def test_other_weights_at_the_end_than_in_the_cache_are_no_table(texts, tmp_path):
+    """Trap 49: what was not loaded before training is compared when it is."""
+    model = BertForSequenceClassification.from_pretrained(texts / "bert")
+    waiting = WaitingTeacher(model.config, "there", lambda: model)
+    run = SimpleNamespace(teachers=None)
+    args = SimpleNamespace(teacher_quantization=None, teacher_cache="said", output_dir="out")
+    with pytest.raises(ValueError, match="the weights abc of 'x', but 'there' has [0-9a-f]{16} now"):
+        woken(SimpleNamespace(teacher=waiting, run=run, args=args), {"name": "x", "fingerprint": "abc"})
