@@ -6,7 +6,8 @@ positions that count before they become logits, sparse entries stay entries.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -16,8 +17,20 @@ from .tasks import Batch, SequenceClassification, Task
 from .tasks.base import take
 from .teachers.signal import SparseSignal, TeacherSignal
 
-#: `[P, C]` logits, `[P, H]` hidden states with their head, or `[P, n]` entries.
-Answer = Tensor | HiddenTeacher | SparseSignal
+
+@dataclass(frozen=True)
+class Exits:
+    """What layers of the student say, each of the same positions: here the student is the teacher.
+
+    Attributes:
+        said: `[P, C]` logits each, or hidden states with the head (`fusing.HiddenStudent`), with gradient.
+    """
+
+    said: tuple[Any, ...]
+
+
+#: `[P, C]` logits, `[P, H]` hidden states with their head, `[P, n]` entries, or the student's own exits.
+Answer = Tensor | HiddenTeacher | SparseSignal | Exits
 
 
 def answer(signal: TeacherSignal, task: Task, batch: Batch) -> Answer:
@@ -70,6 +83,8 @@ def _row_by_row(task: Task) -> bool:
 
 def count(answer: Answer) -> int:
     """The number of positions P."""
+    if isinstance(answer, Exits):
+        return len(answer.said[0])
     if isinstance(answer, SparseSignal):
         return len(answer.ids)
     return len(answer.hidden if isinstance(answer, HiddenTeacher) else answer)
@@ -81,6 +96,8 @@ def pick(answer: Answer, index: Tensor | None) -> Answer:
         return take(answer, index)
     if index is None:
         return answer
+    if isinstance(answer, Exits):
+        return Exits(tuple(take(one, index) for one in answer.said))
     if isinstance(answer, HiddenTeacher):
         return replace(answer, hidden=take(answer.hidden, index))
     return answer.select(index)

@@ -63,7 +63,7 @@ predict_with_generate generation_max_length generation_num_beams
 """.split(),
     "Several teachers, or the student's own (docs/teachers.md)": """
 teachers ensemble_weighting ensemble_weights ensemble_temperature ensemble_offload teacher_routes self_teacher
-self_teacher_dropout ema_decay ema_decay_end
+self_teacher_dropout exit_layers ema_decay ema_decay_end
 """.split(),
     "A teacher on a server (docs/served.md)": """
 server_model server_format server_top_k server_concurrency server_timeout server_retries server_api_key_env

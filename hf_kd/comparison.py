@@ -120,7 +120,7 @@ def _evaluate(setting: Setting, name: str, model: PreTrainedModel) -> _Evaluatio
     changes: dict[str, Any] = {"alpha": 1.0, "alpha_end": None, "alpha_schedule": "constant"}
     # The teacher itself is there: its whole distribution, and not what was kept of it.
     changes |= {"teacher_cache": None, "cache_miss": "error"}
-    changes |= {"self_teacher": None, "self_teacher_dropout": False}
+    changes |= {"self_teacher": None, "self_teacher_dropout": False, "exit_layers": None}
     changes |= {"kl_threshold": None, "output_dir": str(setting.args.folder / "evaluation")}
     changes |= without_features()
     args = dataclasses.replace(setting.args, disable_tqdm=True, **changes)

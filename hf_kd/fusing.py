@@ -7,13 +7,13 @@ hand over their input. What cannot be done that way is said once and computed de
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .answers import Answer
+from .answers import Answer, Exits
 from .losses.entries import compare_projected
 from .losses.evaluation import fused_evaluation
 from .losses.fused import FUSED_DIVERGENCES, fused_distillation
@@ -33,6 +33,12 @@ class HiddenStudent:
 
     hidden: Tensor
     head: Head
+
+    def taught(self) -> HiddenTeacher:
+        """The same as a teacher of the positions `[P, H]`: without gradient."""
+        bias = None if self.head.bias is None else self.head.bias.detach()
+        head = replace(self.head, weight=self.head.weight.detach(), bias=bias)
+        return HiddenTeacher(self.hidden.detach().reshape(-1, self.hidden.shape[-1]), head)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,10 @@ class Fusion:
         ranks: int,
     ) -> Terms:
         """One micro-batch's share of the loss; equal to `Objective.__call__` on the two models' logits."""
+        if isinstance(teacher, Exits):
+            return self._exit_terms(
+                objective, student, teacher, supervision, counts=counts, mix=mix, ranks=ranks
+            )
         labels = supervision.labels
         if labels is None and mix.alpha < 1.0:
             labels = torch.full(supervision.kd_weight.shape, -100, device=student.hidden.device)
@@ -103,6 +113,31 @@ class Fusion:
             kd = fused.kd_sum / counts.kd.clamp_min(1e-12) * mix.temperature**2 * ranks
         return Terms(loss=fused.loss, task=task, kd=kd)
 
+    def _exit_terms(
+        self,
+        objective: Objective,
+        student: HiddenStudent,
+        teacher: Exits,
+        supervision: Supervision,
+        *,
+        counts: Counts,
+        mix: Mix,
+        ranks: int,
+    ) -> Terms:
+        """Labels teach the last layer, and it teaches the exits; their mean is the distillation."""
+        shared: dict[str, Any] = {"counts": counts, "ranks": ranks}
+        # The layers behind the exits keep their graph whatever the weights are.
+        loss, task = student.hidden.flatten()[:0].sum().float(), None
+        if mix.alpha < 1.0:
+            own = self.terms(objective, student, None, supervision, mix=replace(mix, alpha=0.0), **shared)
+            loss, task = loss + (1.0 - mix.alpha) * own.loss, own.task
+        last, alone = student.taught(), replace(mix, alpha=1.0)
+        found = [self.terms(objective, one, last, supervision, mix=alone, **shared) for one in teacher.said]
+        if mix.alpha > 0.0:
+            loss = loss + mix.alpha * torch.stack([one.loss for one in found]).mean()
+        kds = [one.kd for one in found if one.kd is not None]
+        return Terms(loss=loss, task=task, kd=torch.stack(kds).mean())
+
     def sums(
         self,
         objective: Objective,
@@ -111,6 +146,10 @@ class Fusion:
         supervision: Supervision,
     ) -> Tensor:
         """Sums per batch row, as `Objective.evaluate` gives them."""
+        if isinstance(teacher, Exits):
+            alone = replace(supervision, labels=None)
+            found = [self.sums(objective, one, student.taught(), alone) for one in teacher.said]
+            return torch.stack(found).mean(0) + self.sums(objective, student, None, supervision)
         hidden = student.hidden.reshape(-1, student.hidden.shape[-1])
         counted = (supervision.kd_weight > 0) | (supervision.task_weight > 0)
         if isinstance(teacher, SparseSignal):

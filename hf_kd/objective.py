@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .alignment import ClassMap
-from .answers import Answer, logits_of, pick
+from .answers import Answer, Exits, logits_of, pick
 from .losses.divergences import Divergence, entropy, forward_kl, log_probs, resolve_divergence
 from .losses.logits import unlike_log_probs
 from .losses.needs import Needs, needs_of
@@ -141,7 +141,8 @@ class Objective:
 
         Args:
             student: `[P, C]` student logits, with gradient.
-            teacher: What the teacher says of the same positions; None when `mix.alpha` is 0.
+            teacher: What the teacher says of the same positions, None when `mix.alpha` is 0; or the student's
+                exits, which the student teaches.
             supervision: What counts in this micro-batch.
             selection: Its indices.
             counts: Supervision of the whole optimizer step.
@@ -173,6 +174,8 @@ class Objective:
         # A micro-batch with nothing to learn from is an exact zero that keeps the graph: a rank without it
         # would leave the others waiting in the gradient exchange.
         loss = sum(weighted[1:], weighted[0]) if weighted else student.flatten()[:0].sum()
+        if isinstance(teacher, Exits):
+            loss = loss + student.flatten()[:0].sum()  # the layers behind the exits keep their graph too
         return Terms(
             loss=loss * ranks,
             task=None if task is None else task.detach() * ranks,
@@ -183,6 +186,10 @@ class Objective:
         self, student: Tensor, teacher: Answer, supervision: Supervision, index: Tensor | None, mix: Mix
     ) -> Tensor:
         """Weighted sum of the distillation losses, `T^2` included."""
+        if isinstance(teacher, Exits):
+            last = student.detach()
+            sums = [self.kd_sum(one, last, supervision, index, mix) for one in teacher.said]
+            return torch.stack(sums).mean()
         z = self.classes.student(take(student, index))
         weight, answer = take(supervision.kd_weight, index), pick(teacher, index)
         temperatures = {"temperature": mix.temperature, "teacher_temperature": mix.teacher_temperature}
@@ -243,6 +250,10 @@ class Objective:
 
         What a sparse signal allows to say is said at its own temperature, under other names.
         """
+        if isinstance(teacher, Exits):
+            unlabelled = replace(supervision, labels=None)
+            sums = [self.evaluate(one, student, unlabelled) for one in teacher.said]
+            return torch.stack(sums).mean(0) + self.evaluate(student, None, supervision, outputs)
         selection = select([supervision])[0]
         # MPS has no float64; a sum of one row's terms is safe in float32 there.
         dtype = torch.float32 if student.device.type == "mps" else torch.float64

@@ -24,7 +24,7 @@ CACHE_MISS_NAMES = ("error", "compute")
 RELATION_NAMES = ("qq", "kk", "vv")
 #: Losses on layers, each with an option `<name>_weight`.
 FEATURE_WEIGHTS = ("hidden", "attention", "relation", "embedding", "last_hidden")
-SELF_TEACHER_NAMES = ("ema", "frozen", "adapters_off")
+SELF_TEACHER_NAMES = ("ema", "frozen", "adapters_off", "deeper")
 ENSEMBLE_WEIGHTING_NAMES = ("fixed", "learned", "confidence")
 QUANTIZATION_NAMES = ("int8-dynamic", "bnb-8bit", "bnb-4bit")
 CORRECTION_NAMES = ("none", "swap", "drop")
@@ -108,7 +108,10 @@ class DistillationOptions:
     teacher_routes: dict[str, Any] | str | None = _option(
         None, """one teacher a row, by column teacher_id: '{"17": 0, "23": 1}'"""
     )
-    self_teacher: str | None = _option(None, "the student's own: ema, frozen (its start), adapters_off")
+    self_teacher: str | None = _option(
+        None, "the student's own: ema, frozen (its start), adapters_off, deeper (its last layer)"
+    )
+    exit_layers: list[int] | None = _option(None, "layers that the last one teaches (default: half way)")
     self_teacher_dropout: bool = _option(False, "leave its dropout on: another view of each row")
     ema_decay: float = _option(0.999, "share of the moving average that a step keeps")
     ema_decay_end: float | None = _option(None, "that share at the end, reached by a cosine")
@@ -210,6 +213,16 @@ class DistillationOptions:
             )
         if self.self_teacher is None and self.self_teacher_dropout:
             found.append("self_teacher_dropout=True with self_teacher=None: name one, or drop the dropout")
+        if self.self_teacher == "deeper" and self.self_teacher_dropout:
+            found.append(
+                "self_teacher_dropout=True with self_teacher='deeper': there is one forward, with the "
+                "student's own dropout; drop this"
+            )
+        if self.exit_layers is not None and self.self_teacher != "deeper":
+            found.append(
+                f"exit_layers={self.exit_layers} with self_teacher={self.self_teacher!r}: exits are taught "
+                "by self_teacher='deeper'; set it, or drop them"
+            )
         if self.self_teacher is not None and self.teacher_quantization is not None:
             found.append(
                 f"teacher_quantization={self.teacher_quantization!r} with "

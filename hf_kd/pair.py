@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from .answers import Answer, answer, count
+from .answers import Answer, Exits, answer, count
 from .features import Seen
 from .fusing import Fusion, HiddenStudent
 from .projection import Projection
 from .tasks import Batch, Task
+from .teachers.deeper import DeeperTeacher
 from .teachers.models import TEACHER_PREFIX, forward_parameters
 from .teachers.signal import Teacher, named_logits
 
@@ -51,6 +53,11 @@ class Pair:
             return {k: v for k, v in batch.items() if not k.startswith(TEACHER_PREFIX)}
         return {k: v for k, v in batch.items() if k in self._parameters}
 
+    def _watching(self, distil: bool) -> AbstractContextManager[dict[str, Any] | None]:
+        """Room for what the student's layers return, where the last of them teaches the others."""
+        watched = distil and isinstance(self.teacher, DeeperTeacher)
+        return self.teacher.watching() if watched else nullcontext()  # type: ignore[union-attr]
+
     def positions(self, outputs: Any, batch: Batch) -> Tensor:
         """The student's outputs as `[P, C]`, in the teacher's width where a projection is trained."""
         values = self.task.flat(named_logits(outputs, self.task.logits), batch)
@@ -75,9 +82,13 @@ class Pair:
                 the fidelity of the teacher's signal.
         """
         inputs = self.inputs(batch)
-        with nullcontext() if seen is None else seen.on_student():
-            outputs = model(**self.student_inputs(inputs))
+        own = self.student_inputs(inputs)
+        with nullcontext() if seen is None else seen.on_student(), self._watching(distil) as states:
+            outputs = model(**own)
         student = self.positions(outputs, batch)
+        if isinstance(self.teacher, DeeperTeacher) and states is not None:
+            exits = [self.positions(self.student(**own), batch) for _ in self.teacher.exits(states)]
+            return outputs, student, Exits(tuple(exits))
         if not distil or self.teacher is None:
             return outputs, student, None
         with nullcontext() if seen is None else seen.on_teacher():
@@ -96,8 +107,12 @@ class Pair:
     ) -> tuple[HiddenStudent, Answer | None]:
         """Run both models up to their heads: the student's hidden states `[B, L, H]`, and the answer."""
         inputs = self.inputs(batch)
-        with nullcontext() if seen is None else seen.on_student():
-            student = fusion.run_student(lambda: model(**self.student_inputs(inputs)))
+        own = self.student_inputs(inputs)
+        with nullcontext() if seen is None else seen.on_student(), self._watching(distil) as states:
+            student = fusion.run_student(lambda: model(**own))
+        if isinstance(self.teacher, DeeperTeacher) and states is not None:
+            forward = partial(self.student, **own)
+            return student, Exits(tuple(fusion.run_student(forward) for _ in self.teacher.exits(states)))
         if not distil or self.teacher is None:
             return student, None
         with nullcontext() if seen is None else seen.on_teacher():

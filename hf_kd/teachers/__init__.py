@@ -11,6 +11,7 @@ from ..tasks import TASKS, Task
 from .cache import CachedTeacher
 from .cache.make import sparse_manifest, tokenizer_hash
 from .cache.opening import open_cache, start_cache
+from .deeper import DeeperTeacher
 from .ensemble import Ensemble
 from .models import ModelTeacher, fingerprint
 from .quantise import loading_options, quantise
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaptersOffTeacher",
     "CachedTeacher",
+    "DeeperTeacher",
     "EMATeacher",
     "Ensemble",
     "FrozenTeacher",

@@ -1,4 +1,4 @@
-"""A student that teaches itself: its moving average, its start, or its base without adapters.
+"""A student that teaches itself: its moving average, its start, its base without adapters, or its last layer.
 
 None of them needs labels (alpha = 1). Without labels and without a difference between the two views of a row
 (own `teacher_` columns, or dropout) a student equal to its teacher has no gradient at all, and with an
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..schedules import schedule
+from .deeper import DeeperTeacher
 from .models import ModelTeacher
 from .signal import TeacherSignal
 
@@ -219,7 +220,7 @@ class EMACallback(TrainerCallback):
 
 def self_teacher(
     name: str, student: nn.Module, outputs: tuple[str, ...], args: Any
-) -> FrozenTeacher | AdaptersOffTeacher:
+) -> FrozenTeacher | AdaptersOffTeacher | DeeperTeacher:
     """The teacher that `self_teacher` names.
 
     Raises:
@@ -230,6 +231,14 @@ def self_teacher(
             f"self_teacher={name!r} needs the student's whole weights on each rank, which FSDP and DeepSpeed "
             "keep in pieces; use DDP, or save a copy of the student and pass it as teacher."
         )
+    if name == "deeper":
+        if args.torch_compile or args.n_gpu > 1:
+            raise ValueError(
+                "self_teacher='deeper' looks into the student's layers by hooks, which torch_compile and "
+                "several GPUs in one process (DataParallel) don't call: set torch_compile=False, and start "
+                "one process per GPU."
+            )
+        return DeeperTeacher(student, outputs, layers=args.exit_layers)
     if name == "adapters_off":
         return AdaptersOffTeacher(student, outputs, dropout=args.self_teacher_dropout)
     shared: dict[str, Any] = {"device": args.device, "dropout": args.self_teacher_dropout}
