@@ -14,6 +14,7 @@ import torch
 from hf_kd import DistillationArguments, DistillationTrainer
 
 from .heads import HEADS, Collator, models, oracle, rows_of
+from .rank_teachers import CASES, all_runs
 from .test_features import feature_oracle, merged
 from .test_gradient import assert_same
 from .two_ranks import FEATURES, rows_for
@@ -59,6 +60,43 @@ def test_a_cached_teacher_on_two_ranks(two_ranks: dict[str, Any]) -> None:
     expected, grads = oracle(head, *models(head), rows_for("causal-lm"))
     assert two_ranks["from a cache"]["loss"] == pytest.approx(float(expected), rel=1e-6)
     assert_same(two_ranks["from a cache"]["grads"], grads, head.tolerance)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same runs with teachers of several kinds in one process."""
+    return all_runs(tmp_path_factory.mktemp("one_rank"), 1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_teachers_on_two_ranks(two_ranks: dict[str, Any], one_rank: dict[str, Any], name: str) -> None:
+    """Traps 16, 17: averaged, routed and own teachers: after four steps the weights of one process."""
+    start = dict(models(HEADS["single-label"])[0].named_parameters())
+    for what, theirs in one_rank[name].items():
+        ours = two_ranks["teachers"][name][what]
+        if what == "averages of the ranks":
+            assert ours[0] == ours[1] and len(ours) == 2
+            continue
+        assert any(not torch.equal(values, start[n]) for n, values in ours.items())
+        for n, values in theirs.items():
+            torch.testing.assert_close(ours[n], values, rtol=1e-9, atol=1e-12)
+
+
+def test_a_cache_that_two_ranks_fill(two_ranks: dict[str, Any], one_rank: dict[str, Any]) -> None:
+    """Trap 45: two shuffled epochs; what one rank was told the other reads, and the run is the live one."""
+    for name, values in one_rank["one"]["student"].items():
+        for found in (two_ranks["teachers"], one_rank):
+            torch.testing.assert_close(found["filled"]["student"][name], values, rtol=1e-9, atol=1e-12)
+
+
+def test_the_average_is_exact_when_two_ranks_go_on(
+    two_ranks: dict[str, Any], one_rank: dict[str, Any]
+) -> None:
+    """Trap 26: resumed from the middle, on one rank and on two, student and average agree to the bit."""
+    for found in (two_ranks["teachers"], one_rank):
+        for what in ("student", "average"):
+            for name, values in found["ema"][what].items():
+                assert torch.equal(values, found["ema, resumed"][what][name])
 
 
 @pytest.mark.parametrize("name", FEATURES)

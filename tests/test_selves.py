@@ -17,7 +17,7 @@ from hf_kd.teachers import AdaptersOffTeacher, EMATeacher, FrozenTeacher
 from hf_kd.teachers.selves import EMA_FILE
 
 from .heads import HEADS, bert, models, rows_of
-from .test_gradient import assert_same, step
+from .test_gradient import Gradients, assert_same, step
 from .test_teachers import Normed, batch_of
 from .test_trainer import arguments, classifiers, text_rows
 
@@ -197,3 +197,25 @@ def test_dropout_of_a_teacher_does_not_move_its_batch_norm() -> None:
     views = [teacher({"x": x}).dense()["logits"] for _ in range(2)]
     assert not torch.equal(*views)
     assert torch.equal(teacher.model.norm.running_mean, before)
+
+
+@pytest.mark.parametrize("kind", ["ema", "frozen"])
+def test_two_views_of_a_row(tmp_path: Path, kind: str) -> None:
+    """Trap 20: the data's `teacher_` column reaches the teacher alone; without it there is no gradient."""
+    rows = text_rows(8).remove_columns("labels")
+    turned = [ids[::-1] for ids in rows["input_ids"]]
+    found = {}
+    for name, data in {"one": rows, "two": rows.add_column("teacher_input_ids", turned)}.items():
+        student, gradients = classifiers()[0], Gradients()
+        for parameter in student.parameters():
+            parameter.data.normal_(0.0, 0.25, generator=torch.Generator().manual_seed(parameter.numel()))
+        start = copy.deepcopy(student)
+        args = arguments(tmp_path, alpha=1.0, self_teacher=kind, max_steps=1, per_device_train_batch_size=8)
+        DistillationTrainer(student, args, train_dataset=data, callbacks=[gradients]).train()
+        found[name] = gradients.grads
+    args = arguments(tmp_path, alpha=1.0, max_steps=1, per_device_train_batch_size=8)
+    student, gradients = copy.deepcopy(start), Gradients()
+    data = rows.add_column("teacher_input_ids", turned)
+    DistillationTrainer(student, args, teacher=start, train_dataset=data, callbacks=[gradients]).train()
+    assert_same(found["two"], {n: g.double() for n, g in gradients.grads.items()}, 1e-5)
+    assert max(float(g.abs().max()) for g in found["one"].values()) < 1e-6

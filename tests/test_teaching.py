@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_kd import DistillationTrainer, teachers
 from hf_kd import run as runs
 from hf_kd.cli import main
 from hf_kd.config import parse
@@ -19,7 +22,7 @@ from hf_kd.teachers.quantise import loading_options, quantise
 
 from .test_run import text_run, texts  # noqa: F401  (a fixture)
 from .test_teachers import batch_of
-from .test_trainer import arguments, classifiers
+from .test_trainer import arguments, classifiers, text_rows
 
 SHORT = "--max_steps 2 --per_device_train_batch_size 8 --disable_tqdm --use_cpu --no_control".split()
 
@@ -124,6 +127,33 @@ def test_quantisation_that_cannot_be_is_named(tmp_path: Path, caplog: Any) -> No
     assert loading_options("int8-dynamic") == {}
     with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match="teacher_quantization='int4'"):
         arguments(tmp_path, teacher_quantization="int4")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_is_asked_of_bitsandbytes(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 27: it quantises while the checkpoint is read, and what it made is neither moved nor cast."""
+    student, model = classifiers()
+    asked: dict[str, Any] = {}
+
+    def load(name: str, task: str | None, **options: Any) -> Any:
+        asked.update(options, name=name)
+        return model
+
+    def moved(*_: Any, **__: Any) -> None:
+        raise AssertionError("a quantised model is moved")
+
+    find, version = importlib.util.find_spec, importlib.metadata.version
+    there = {"bitsandbytes": "0.46.1"}  # as if it were installed
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: there.get(n) or find(n, *a))
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: there.get(n) or version(n))
+    monkeypatch.setattr(teachers, "load_model", load)
+    model.is_quantized, model.to = True, moved  # type: ignore[method-assign, assignment]
+    args = arguments(tmp_path, teacher_quantization=f"bnb-{bits}bit", teacher_device_map="auto")
+    trainer = DistillationTrainer(student, args, teacher="some/teacher", train_dataset=text_rows())
+    config = asked["quantization_config"]
+    assert (config.load_in_8bit, config.load_in_4bit) == (bits == 8, bits == 4)
+    assert asked["name"] == "some/teacher" and asked["device_map"] == "auto"
+    assert isinstance(trainer.teacher, ModelTeacher) and trainer.teacher.model is model
 
 
 def test_learned_weights_are_those_that_the_table_compares_with(texts: Path, tmp_path: Path) -> None:  # noqa: F811

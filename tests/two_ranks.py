@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hf_kd import DistillationArguments, DistillationTrainer  # noqa: E402
 from hf_kd.teachers import CachedTeacher  # noqa: E402
 from tests.heads import HEADS, Collator, models, rows_of  # noqa: E402
+from tests.rank_teachers import all_runs  # noqa: E402
 from tests.test_cached import write  # noqa: E402
 from tests.test_features import MAPS, WEIGHTS  # noqa: E402
 from tests.test_gradient import step  # noqa: E402
@@ -68,6 +69,7 @@ def main(folder: Path) -> None:
     cached = CachedTeacher(write("causal-lm", student, teacher, rows, own))
     loss, grads = step(folder, head, student, cached, rows[::-1], per_device_train_batch_size=4)
     results["from a cache"] = {"loss": loss, "grads": grads}
+    results["teachers"] = all_runs(folder / "teachers", 2)
     student, teacher = models(head)
     trainer = DistillationTrainer(
         student,
