@@ -103,6 +103,7 @@ def pick(answer: Answer, index: Tensor | None) -> Answer:
     return answer.select(index)
 
 
-def logits_of(answer: Tensor | HiddenTeacher) -> Tensor:
+def logits_of(answer: Tensor | HiddenTeacher | Exits) -> Tensor:
     """`[P, C]` logits, made from hidden states where there are none yet."""
+    assert not isinstance(answer, Exits)  # taken one by one
     return answer if isinstance(answer, Tensor) else head_logits(answer)

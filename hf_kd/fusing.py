@@ -305,6 +305,7 @@ def _teacher_spec(teacher: Teacher | None, batch: Mapping[str, Any]) -> HeadSpec
 
 def _fused_teacher(objective: Objective, teacher: Answer | None, temperature: float) -> FusedTeacher | None:
     """What the fused loss takes for an answer."""
+    assert not isinstance(teacher, Exits)  # taken one by one
     if isinstance(teacher, Tensor):
         return DenseTeacher(teacher)
     return objective.reader.entries(teacher, temperature) if isinstance(teacher, SparseSignal) else teacher

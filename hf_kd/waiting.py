@@ -68,7 +68,7 @@ def rested(
     cached = isinstance(trainer.teacher, CachedTeacher) and trainer.teacher.live is None
     if not cached or isinstance(setting.teacher, WaitingTeacher):
         return setting
-    stand_in: Any = WaitingTeacher(setting.teacher.config, setting.teacher.name_or_path, load, others)
+    stand_in: Any = WaitingTeacher(setting.teacher.config, str(setting.teacher.name_or_path), load, others)
     rest = replace(setting, teacher=stand_in, others=())
     del setting
     gc.collect()  # models may refer to themselves
