@@ -108,9 +108,7 @@ class DistillationOptions:
     teacher_routes: dict[str, Any] | str | None = _option(
         None, """one teacher a row, by column teacher_id: '{"17": 0, "23": 1}'"""
     )
-    self_teacher: str | None = _option(
-        None, "the student's own: ema, frozen (its start), adapters_off, deeper (its last layer)"
-    )
+    self_teacher: str | None = _option(None, "the student's own: ema, frozen, adapters_off, deeper")
     exit_layers: list[int] | None = _option(None, "layers that the last one teaches (default: half way)")
     self_teacher_dropout: bool = _option(False, "leave its dropout on: another view of each row")
     ema_decay: float = _option(0.999, "share of the moving average that a step keeps")
