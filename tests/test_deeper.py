@@ -20,6 +20,8 @@ from hf_kd.teachers import DeeperTeacher
 from .heads import HEADS, Collator, models, oracle, rows_of
 from .test_caching import classifier, texts  # noqa: F401
 from .test_gradient import assert_same, step
+from .test_selves import lora
+from .test_teachers import batch_of
 from .test_trainer import arguments, classifiers, text_rows
 
 # Encoders, decoders, both, images; heads that pool, and heads of two outputs.
@@ -50,13 +52,18 @@ def expected(name: str, student: nn.Module, rows: list[Any], alpha: float) -> tu
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_is_that_of_a_model_that_ends_at_the_exit(name: str, tmp_path: Path) -> None:
-    """Traps 3, 11, 15: against two separate models in float64; language models take the fused path."""
+    """Traps 3, 11, 15: against two models in float64; language models are fused; layers may be checkpointed."""
     head = HEADS[name]
     student, _ = models(head)
     rows = rows_of(head, 8, seed=3)
     value, grads = expected(name, student, rows, 0.4)
     options: dict[str, Any] = {"self_teacher": "deeper", "exit_layers": [0], "alpha": 0.4}
     for accumulation in (1, 4) if name in ("single-label", "causal-lm") else (2,):
+        if accumulation == 4:
+            options |= {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            }
         loss, ours = step(
             tmp_path, head, student, None, rows, gradient_accumulation_steps=accumulation, **options
         )
@@ -155,3 +162,16 @@ def test_what_does_not_fit_is_named(options: dict[str, Any], message: str, tmp_p
     with pytest.raises(ValueError, match=message):
         args = arguments(tmp_path, **{"self_teacher": "deeper", **options})
         DistillationTrainer(classifiers()[0], args, train_dataset=text_rows())
+
+
+def test_adapters_are_part_of_an_exit() -> None:
+    """A LoRA student's exit is that of the merged model."""
+    student, batch = lora(), batch_of()
+    teacher = DeeperTeacher(student, ("logits",), layers=[0])
+    teacher(batch)  # an exit after the last layer is the model
+    merged = copy.deepcopy(student).merge_and_unload()
+    with torch.no_grad(), teacher.watching() as seen:
+        student(**batch)
+        (logits,) = (student(**batch).logits for _ in teacher.exits(seen))
+        torch.testing.assert_close(logits, ended(merged, 1)(**batch).logits)
+        assert not torch.allclose(logits, merged(**batch).logits)
