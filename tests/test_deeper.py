@@ -52,7 +52,7 @@ def expected(name: str, student: nn.Module, rows: list[Any], alpha: float) -> tu
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_is_that_of_a_model_that_ends_at_the_exit(name: str, tmp_path: Path) -> None:
-    """Traps 3, 11, 15: against two models in float64; language models are fused; layers may be checkpointed."""
+    """Traps 3, 11, 15: against two models in float64; language models fused, layers checkpointed too."""
     head = HEADS[name]
     student, _ = models(head)
     rows = rows_of(head, 8, seed=3)
