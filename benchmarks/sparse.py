@@ -203,36 +203,49 @@ def show(rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def main() -> None:
-    """All students and teachers, then the curve."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--entries", type=int, default=28)
-    parser.add_argument("--bits", type=int, default=16, choices=(8, 16), help="of a log-probability")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--scales", type=float, nargs="+", default=[5.0, 2.5], help="of teachers' logits")
-    parser.add_argument(
-        "--curve", nargs="*", default=["9x16", "37x8", "112x16"],
-        help="entries x bits of the last table",
-    )  # fmt: skip
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All students and teachers, then the curve; as it goes into the file.
+
+    Args:
+        args: `entries`, `bits`, `angle_tokens`, `angle_width`, `scales` and `curve`.
+    """
     rows, curve = [], []
     for scale in args.scales:
         for near in (False, True):
-            made = Made(near, args.tokens, args.width, scale)
+            made = Made(near, args.angle_tokens, args.angle_width, scale)
             kl, full = made.gradient(made.teacher)
             rows += compare(made, full, kl, args.entries, args.bits, few=False)
             if near and scale == args.scales[-1]:
                 for point in args.curve:
                     entries, bits = map(int, point.split("x"))
                     curve += compare(made, full, kl, entries, bits, few=True)
-    found = {"command": "python benchmarks/sparse.py", "machine": machine(), "rows": rows, "curve": curve}
+    return {"machine": machine(), "rows": rows, "curve": curve}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `measure` reads, but for `entries`."""
+    parser.add_argument("--bits", type=int, default=16, choices=(8, 16), help="of a log-probability")
+    parser.add_argument("--angle_tokens", type=int, default=2048)
+    parser.add_argument("--angle_width", type=int, default=32, help="of the made models")
+    parser.add_argument("--scales", type=float, nargs="+", default=[5.0, 2.5], help="of teachers' logits")
+    parser.add_argument(
+        "--curve", nargs="*", default=["9x16", "37x8", "112x16"], help="entries x bits of the last table"
+    )
+
+
+def main() -> None:
+    """Measure, print and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--entries", type=int, default=28)
+    add_options(parser)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = {"command": "python benchmarks/sparse.py", **measure(args)}
     args.output.write_text(json.dumps(found, indent=2) + "\n")
-    show(rows)
-    if curve:
-        show(curve)
+    for rows in (found["rows"], found["curve"]):
+        if rows:
+            show(rows)
 
 
 if __name__ == "__main__":
