@@ -15,7 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from arms import RESULTS, spread
+from arms import DEFAULT, RESULTS, spread
 from matplotlib.ticker import MaxNLocator
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "quality.md"
@@ -65,35 +65,80 @@ def table(data: dict[str, Any], columns: dict[str, tuple[str, float, int]], **ke
 
 def sst2_tables(data: dict[str, Any]) -> list[str]:
     """By depth, and the few labels."""
-    lines = []
-    teacher = data["teacher"]["test"]
     sizes, times = data.get("sizes", {}), data.get("latency_ms", {})
-    lines += ["| model | parameters, M | latency, ms | accuracy, % | KL, nats |", "|---|--:|--:|--:|--:|"]
+    lines = ["| model | parameters, M | latency, ms | accuracy, % | KL, nats |", "|---|--:|--:|--:|--:|"]
     for name in ("teacher", "3 layers", "2 layers", "1 layers"):
-        depth = name.split()[0]
-        runs = (
-            [teacher]
-            if name == "teacher"
-            else runs_of(data, case="labelled", depth=int(depth), arm="default")
-        )
+        runs = [data["teacher"]["test"]]
+        if name != "teacher":
+            runs = runs_of(data, case="labelled", depth=int(name[0]), arm=DEFAULT.name)
         if runs and name in sizes:
             shown = name.replace("1 layers", "1 layer") + ("" if name == "teacher" else ", default")
             scores = f"{cell(runs, 'accuracy', 100, 1)} | {cell(runs, 'kl', 1, 3)}"
             lines.append(f"| {shown} | {sizes[name] / 1e6:.1f} | {times[name]:.1f} | {scores} |")
-    for depth in (1, 2, 3):
-        if arms_of(data, case="labelled", depth=depth):
-            lines += ["", f"Students of {depth} layer{'s' * (depth > 1)}:", ""]
-            lines += table(data, COLUMNS, case="labelled", depth=depth)
-    if arms_of(data, case="300 labels"):
-        lines += ["", "300 labelled rows, students of 1 layer:", "", *table(data, COLUMNS, case="300 labels")]
+    titles = {
+        "labelled": "{}, 1,200 labelled rows, cut from the teacher",
+        "300 labels": "{}, 300 labelled rows, cut from the teacher; those who can learn from 2,100 more",
+        "random start": "{}, 1,200 labelled rows, from random weights",
+    }
+    for case, title in titles.items():
+        for depth in (1, 2, 3):
+            if arms_of(data, case=case, depth=depth):
+                layers = f"{depth} layer{'s' * (depth > 1)}"
+                lines += ["", f"{title.format(layers)}:", "", *table(data, COLUMNS, case=case, depth=depth)]
     return lines
 
 
-def gap_closed(data: dict[str, Any], arm: str, key: str = "accuracy", **where: Any) -> float:
-    """Share of the control's distance to the teacher that an arm takes away."""
-    teacher = data["teacher"]["test"][key]
-    mean = {name: spread([r[key] for r in runs_of(data, arm=name, **where)])[0] for name in (arm, "control")}
-    return (mean[arm] - mean["control"]) / (teacher - mean["control"])
+def shakespeare_tables(data: dict[str, Any]) -> list[str]:
+    """By shape."""
+    teacher = data["teacher"]["test"]["perplexity"]
+    columns = {name: COLUMNS[name] for name in ("KL, nats", "agreement, %")}
+    columns = {"perplexity": ("perplexity", 1, 2), **columns}
+    lines = [f"The teacher's perplexity is {teacher:.2f}."]
+    for shape in dict.fromkeys(run["shape"] for run in data["runs"]):
+        size = data.get("sizes", {}).get(shape.removesuffix(", cut"))
+        million = f", {size / 1e6:.2f} M parameters" if size else ""
+        lines += ["", f"{shape}{million}:", "", *table(data, columns, shape=shape)]
+    return lines
+
+
+#: Task -> file of results, what is a run of it, and the score whose gap to the teacher is closed.
+GAPS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "digits": ("digits", {}, "accuracy"),
+    "MNIST": ("mnist", {}, "accuracy"),
+    "SST-2, 1 layer": ("sst2", {"case": "labelled", "depth": 1}, "accuracy"),
+    "SST-2, 2 layers": ("sst2", {"case": "labelled", "depth": 2}, "accuracy"),
+    "SST-2, 3 layers": ("sst2", {"case": "labelled", "depth": 3}, "accuracy"),
+    "SST-2, 300 labels, 1 layer": ("sst2", {"case": "300 labels", "depth": 1}, "accuracy"),
+    "SST-2, 300 labels, 2 layers": ("sst2", {"case": "300 labels", "depth": 2}, "accuracy"),
+    "tinyshakespeare, 96 x 2": ("shakespeare", {"shape": "96 x 2"}, "perplexity"),
+}
+
+
+def gap_closed(data: dict[str, Any], arm: str, key: str, where: dict[str, Any]) -> str:
+    """Share of the control's distance to the teacher that an arm takes away, in percent."""
+    values = {name: [run[key] for run in runs_of(data, arm=name, **where)] for name in (arm, "control")}
+    if not values[arm]:
+        return ""
+    mean, control = spread(values[arm])[0], spread(values["control"])[0]
+    return f"{100 * (mean - control) / (data['teacher']['test'][key] - control):.0f}"
+
+
+def gaps() -> list[str]:
+    """The gap closed by task, in the score and in KL."""
+    arms = ["by hand", "TextBrewer", DEFAULT.name, "chosen on dev"]
+    lines = ["| gap closed, % | " + " | ".join(f"{arm}: score | KL" for arm in arms) + " |"]
+    lines.append("|---|" + "--:|--:|" * len(arms))
+    for task, (name, where, key) in GAPS.items():
+        data = load(name)
+        if data is None or not runs_of(data, arm="control", **where):
+            continue
+        best = data.get("best", {}).get("name", "")
+        cells = []
+        for arm in arms:
+            taught = best if arm == "chosen on dev" else arm
+            cells += [gap_closed(data, taught, key, where), gap_closed(data, taught, "kl", where)]
+        lines.append(f"| {task} ({key}) | " + " | ".join(cells) + " |")
+    return lines
 
 
 def dots(axis: Any, data: dict[str, Any], key: str, factor: float, **where: Any) -> None:
@@ -140,7 +185,7 @@ def plot_depth(data: dict[str, Any]) -> None:
     if "latency_ms" not in data:
         return
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    arms = {"control": FAINT, "default": INK, data.get("best", {}).get("name", ""): STRONG}
+    arms = {"control": FAINT, DEFAULT.name: INK, data.get("best", {}).get("name", ""): STRONG}
     for axis, (label, key, factor) in zip(
         axes, [("accuracy, %", "accuracy", 100), ("KL, nats", "kl", 1)], strict=True
     ):
@@ -209,26 +254,21 @@ def main() -> None:
         case="300 labels",
     )
     perplexity = [("perplexity", "perplexity", 1), ("KL to the teacher, nats", "kl", 1)]
-    plot_arms("shakespeare", "tinyshakespeare: every dot a seed, dotted the teacher", perplexity)
-    tables: dict[str, list[str]] = {}
-    for name in ("digits", "mnist"):
+    title = "tinyshakespeare, a student of 96 x 2: every dot a seed, dotted the teacher"
+    plot_arms("shakespeare", title, perplexity, shape="96 x 2")
+    tables: dict[str, list[str]] = {"gaps": gaps()}
+    for name, lines in (
+        ("digits", lambda data: table(data, COLUMNS)),
+        ("mnist", lambda data: table(data, COLUMNS)),
+        ("sst2", sst2_tables),
+        ("shakespeare", shakespeare_tables),
+    ):
         data = load(name)
         if data:
-            tables[name] = table(data, COLUMNS)
+            tables[name] = lines(data)
     data = load("sst2")
     if data:
-        tables["sst2"] = sst2_tables(data)
         plot_depth(data)
-    data = load("shakespeare")
-    if data:
-        tables["shakespeare"] = table(
-            data,
-            {
-                "perplexity": ("perplexity", 1, 2),
-                "KL, nats": ("kl", 1, 3),
-                "agreement, %": ("agreement", 100, 1),
-            },
-        )
     if PAGE.exists():
         text = PAGE.read_text()
         for name, lines in tables.items():

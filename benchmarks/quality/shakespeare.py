@@ -4,20 +4,24 @@
     python benchmarks/quality/shakespeare.py --data karpathy/tiny_shakespeare
 
 The text is cut 90 : 5 : 5 into training, development and test; the tokenizer is a byte-level BPE made from
-the first. Every arm gets the same blocks, steps, optimizer and schedule. Perplexities are per token of
-that tokenizer, so they compare with each other and with nothing else.
+the first. Every arm gets the same blocks, steps, optimizer and schedule. Students of three shapes, wide,
+between, and deep, have nearly as many parameters. Perplexities are per token of that tokenizer, so they
+compare with each other and with nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from arms import (
     BY_HAND,
+    CANDIDATES,
     CONTROL,
     DEFAULT,
     RESULTS,
@@ -25,6 +29,7 @@ from arms import (
     ByHand,
     Recipe,
     Record,
+    best_on_dev,
     described,
     score,
     train,
@@ -34,23 +39,21 @@ from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
 
+from hf_kd import init_student
 from hf_kd.measure import count_parameters, latency
 
-CANDIDATES = [
-    Recipe("alpha=0.9, T=1", options={"alpha": 0.9, "temperature": 1.0}),
-    Recipe("alpha=1, T=1", options={"alpha": 1.0, "temperature": 1.0}),
-    Recipe("adaptive_kl, alpha=0.9, T=1",
-           options={"alpha": 0.9, "temperature": 1.0, "divergence": "adaptive_kl"}),
-    Recipe("skew_kl, alpha=0.9, T=1", options={"alpha": 0.9, "temperature": 1.0, "divergence": "skew_kl"}),
-]  # fmt: skip
 VOCABULARY, BLOCK = 1024, 64
 SEEDS = (0, 1, 2)
+#: Width and layers of students with 0.31 to 0.33 million parameters.
+SHAPES = {"96 x 2": (96, 2), "128 x 1": (128, 1), "64 x 5": (64, 5)}
+FEATURES = CANDIDATES[-1]
 
 
 def main() -> None:
@@ -59,8 +62,11 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--teacher-steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--teacher-steps", type=int, default=1000)
+    parser.add_argument(
+        "--work", type=Path, default=Path("out/quality-shakespeare"), help="keeps the teacher"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the file of results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -69,56 +75,72 @@ def main() -> None:
     record = Record("quality_shakespeare", minutes=args.minutes, settings=settings, folder=args.results)
     blocks = tokens_of(text_of(args.data))
     blocks["dev"], blocks["test"] = blocks["dev"][:60], blocks["test"][:150]
-
-    teacher = llama(192, 3, 0)
-    teaching = Budget(max_steps=args.teacher_steps, batch_size=8, learning_rate=1e-3, warmup_steps=40)
-    options = teaching.arguments(0, remove_unused_columns=True)
-    data = rows_of(blocks["train"])
-    Trainer(
-        teacher, TrainingArguments(**options), train_dataset=data, data_collator=default_data_collator
-    ).train()
+    teacher = teacher_in(args.work, blocks["train"], args.teacher_steps)
     # One pass over as many blocks as the steps need; every arm sees the same ones.
     some = blocks["train"][: budget.max_steps * budget.batch_size]
     known = {"train": logits(teacher, some), **{s: logits(teacher, blocks[s]) for s in ("dev", "test")}}
     rows = rows_of(some)
     record.note(teacher={s: measured(known[s], known[s], blocks[s]) for s in ("dev", "test")})
 
-    def arm(recipe: Recipe, seed: int) -> None:
+    def student(shape: str, seed: int) -> PreTrainedModel:
+        if shape == "96 x 2, cut":
+            heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+            sizes = {"num_layers": 2, "hidden_size": 96, "intermediate_size": 256, **heads}
+            return init_student(teacher, **sizes, calibration={"input_ids": some[:16]}).train()
+        return llama(*SHAPES[shape], seed)
+
+    def arm(recipe: Recipe, seed: int, shape: str) -> None:
         def make() -> dict[str, Any]:
-            student = llama(96, 2, seed)
+            set_seed(seed)
+            model = student(shape, seed)
             train(
                 recipe,
-                student,
+                model,
                 rows,
                 known["train"],
                 budget=budget,
                 seed=seed,
                 collator=default_data_collator,
                 by_hand=TokensByHand,
+                teacher=teacher,
             )
             return {
-                split: measured(logits(student, blocks[split]), known[split], blocks[split])
+                split: measured(logits(model, blocks[split]), known[split], blocks[split])
                 for split in ("dev", "test")
             }
 
-        record.run({"arm": recipe.name, "seed": seed}, make)
+        record.run({"shape": shape, "arm": recipe.name, "seed": seed}, make)
 
-    for recipe in (CONTROL, DEFAULT, *CANDIDATES):
-        arm(recipe, 0)
-    tried = [
-        (r["dev"]["log_loss"], recipe) for recipe in CANDIDATES for r in record.of(arm=recipe.name, seed=0)
-    ]
-    best = min(tried, key=lambda pair: pair[0])[1] if tried else CANDIDATES[0]
+    def each(recipes: Iterable[Recipe], shape: str) -> None:
+        for seed, recipe in itertools.product(SEEDS, recipes):
+            arm(recipe, seed, shape)
+
+    each((CONTROL, DEFAULT, CANDIDATES[0]), "96 x 2")
+    for recipe in CANDIDATES:
+        arm(recipe, 0, "96 x 2")
+    best = best_on_dev(record, CANDIDATES, shape="96 x 2", seed=0)
     record.note(best=described(best))
-    for seed in SEEDS:
-        for recipe in (CONTROL, DEFAULT, best, BY_HAND):
-            arm(recipe, seed)
-    models = {"teacher": teacher, "student": llama(96, 2, 0)}
+    each((best, FEATURES, BY_HAND), "96 x 2")
+    for shape in ("128 x 1", "64 x 5", "96 x 2, cut"):
+        each((CONTROL, best), shape)
+    models = {"teacher": teacher, **{shape: student(shape, 0) for shape in SHAPES}}
     times = latency(models, {"input_ids": blocks["test"][:8]})
     record.note(
         sizes={name: count_parameters(model) for name, model in models.items()},
         latency_ms={name: time.median_ms for name, time in times.items()},
     )
+
+
+def teacher_in(folder: Path, blocks: Tensor, steps: int) -> PreTrainedModel:
+    """The larger Llama, trained once."""
+    if not (folder / "config.json").exists():
+        model = llama(192, 3, 0)
+        budget = Budget(max_steps=steps, batch_size=8, learning_rate=1e-3, warmup_steps=40)
+        args = TrainingArguments(**budget.arguments(0, remove_unused_columns=True))
+        wiring = {"train_dataset": rows_of(blocks), "data_collator": default_data_collator}
+        Trainer(model, args, **wiring).train()
+        model.save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder).eval()
 
 
 class TokensByHand(ByHand):
@@ -180,7 +202,7 @@ def llama(width: int, layers: int, seed: int, *, vocabulary: int = VOCABULARY) -
 
 
 @torch.no_grad()
-def logits(model: LlamaForCausalLM, blocks: Tensor) -> Tensor:
+def logits(model: PreTrainedModel, blocks: Tensor) -> Tensor:
     """`[blocks, BLOCK, V]`, in half precision: they are many."""
     model.eval()
     return torch.cat([model(input_ids=part).logits.half() for part in blocks.split(32)])

@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-from collections.abc import Callable
-from dataclasses import replace
+import itertools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from arms import (
     BY_HAND,
+    CANDIDATES,
     CONTROL,
     DEFAULT,
     RESULTS,
@@ -35,6 +36,7 @@ from arms import (
     train,
 )
 from datasets import load_dataset
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -46,15 +48,12 @@ from transformers import (
 )
 
 from hf_kd import init_student
+from hf_kd.fresh import fresh_student
 from hf_kd.measure import count_parameters, latency
 
-CANDIDATES = [
-    Recipe("alpha=0.9, T=2", options={"alpha": 0.9}),
-    Recipe("alpha=1, T=1", options={"alpha": 1.0, "temperature": 1.0}),
-    Recipe("alpha=1, T=4", options={"alpha": 1.0, "temperature": 4.0}),
-]
-DEPTHS = {1: (0, 1, 2), 2: (0, 1, 2), 3: (0,)}
-FEW = 300
+DEPTHS, SEEDS = (1, 2, 3), (0, 1, 2)
+TRIED = CANDIDATES[1:4]  # losses on layers would run the teacher, which takes longer than the student
+FEW, TAUGHT = 300, 2400  # labelled rows, and the rows that a student without labels may learn from
 
 
 def main() -> None:
@@ -67,6 +66,7 @@ def main() -> None:
     parser.add_argument("--train-rows", type=int, default=1200)
     parser.add_argument("--teacher-rows", type=int, default=6920)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--part", default=None, help="2, few, 3, 1 or random; default: all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", default="out/quality-sst2", help="folder of the trained teacher")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the file of results")
@@ -85,14 +85,16 @@ def main() -> None:
     record = Record("quality_sst2", minutes=args.minutes, settings=settings, folder=args.results)
     data = Data(args.data, args.model or packaged_model(), settings["max_length"], args.max_rows)
     teacher = data.teacher(Path(args.work), args.teacher_rows)
-    known = {split: logits_of(teacher, data.batches(split)) for split in ("train", "dev", "test")}
+    known = data.known(teacher, Path(args.work))
     record.note(teacher={s: score(known[s], known[s], data.labels(s)) for s in ("dev", "test")})
     steps = args.epochs * args.train_rows // 32
     budget = Budget(
         max_steps=steps, batch_size=32, learning_rate=2e-4, warmup_steps=steps // 20, by_length=True
     )
 
-    def student(depth: int) -> PreTrainedModel:
+    def student(depth: int, seed: int | None = None) -> PreTrainedModel:
+        if seed is not None:
+            return fresh_student(teacher, {"num_hidden_layers": depth}, seed=seed)
         model = init_student(teacher, num_layers=depth)
         model.requires_grad_(True)
         model.base_model.embeddings.requires_grad_(False)
@@ -101,8 +103,17 @@ def main() -> None:
     def arm(recipe: Recipe, depth: int, seed: int, rows: Any, case: str) -> None:
         def make() -> dict[str, Any]:
             set_seed(seed)
-            model = student(depth)
-            train(recipe, model, rows, known["train"], budget=budget, seed=seed, collator=data.collator)
+            model = student(depth, seed if case == "random start" else None)
+            train(
+                recipe,
+                model,
+                rows,
+                known["train"],
+                budget=budget,
+                seed=seed,
+                collator=data.collator,
+                teacher=teacher,
+            )
             return {
                 split: score(logits_of(model, data.batches(split)), known[split], data.labels(split))
                 for split in ("dev", "test")
@@ -130,23 +141,37 @@ def main() -> None:
 def all_arms(arm: Callable[..., None], record: Record, data: Data, args: argparse.Namespace) -> None:
     """What is compared, the most telling first: a call that runs out of time goes on in the next one."""
     some = data.rows["train"].select(range(min(args.train_rows, len(data.rows["train"]))))
-    for recipe in (CONTROL, DEFAULT, *CANDIDATES):
-        arm(recipe, 1, 0, some, "labelled")
-    best = best_on_dev(record, CANDIDATES, case="labelled", depth=1, seed=0)
-    record.note(best=described(best))
     few = data.rows["train"].select(range(min(FEW, len(data.rows["train"]))))
-    more = data.unlabelled(args.teacher_rows, FEW)
-    also = replace(DEFAULT, name="default, unlabelled rows too")
-    for seed in range(3):
-        for recipe in (CONTROL, DEFAULT, best, BY_HAND, TEXTBREWER):
-            arm(recipe, 1, seed, some, "labelled")
-    for seed in range(3):
-        arm(CONTROL, 1, seed, few, "300 labels")
-        arm(also, 1, seed, more, "300 labels")
-    for depth, seeds in DEPTHS.items():
-        for seed in seeds:
-            for recipe in (CONTROL, DEFAULT, best):
-                arm(recipe, depth, seed, some, "labelled")
+    more = data.unlabelled(FEW)
+
+    def each(recipes: Iterable[Recipe], depth: int, rows: Any, case: str) -> None:
+        for seed, recipe in itertools.product(SEEDS, recipes):
+            arm(recipe, depth, seed, rows, case)
+
+    def two_layers() -> None:
+        for recipe in (CONTROL, DEFAULT, *TRIED):
+            arm(recipe, 2, 0, some, "labelled")
+        record.note(best=described(best_on_dev(record, TRIED, case="labelled", depth=2, seed=0)))
+        each((CONTROL, DEFAULT, best(), BY_HAND, TEXTBREWER), 2, some, "labelled")
+
+    def best() -> Recipe:
+        return best_on_dev(record, TRIED, case="labelled", depth=2, seed=0)
+
+    def few_labels() -> None:
+        each((CONTROL,), 2, few, "300 labels")
+        each((DEFAULT, best()), 2, more, "300 labels")
+        each((BY_HAND,), 2, few, "300 labels")
+
+    parts: dict[str, Callable[[], None]] = {
+        "2": two_layers,
+        "few": few_labels,
+        "3": lambda: each((CONTROL, DEFAULT, best()), 3, some, "labelled"),
+        "1": lambda: each((CONTROL, DEFAULT, best()), 1, some, "labelled"),
+        "random": lambda: each((BY_HAND,), 2, some, "random start"),
+    }
+    for name, part in parts.items():
+        if args.part in (None, name):
+            part()
 
 
 def packaged_model() -> str:
@@ -198,17 +223,26 @@ class Data:
         return torch.tensor(self.rows[split]["labels"])
 
     def batches(self, split: str, size: int = 128) -> list[dict[str, torch.Tensor]]:
-        """All rows in order; evaluation rows are in the order of their length, so that little is padding."""
+        """Rows in order; evaluation rows are in the order of their length, so that little is padding."""
         rows = self.rows[split]
+        count = min(len(rows), TAUGHT) if split == "train" else len(rows)
         return [
-            dict(self.collator([rows[i] for i in range(start, min(start + size, len(rows)))]))
-            for start in range(0, len(rows), size)
+            dict(self.collator([rows[i] for i in range(start, min(start + size, count))]))
+            for start in range(0, count, size)
         ]
 
-    def unlabelled(self, count: int, labelled: int) -> Any:
-        """Rows of which only the first ones keep their label."""
-        rows = self.rows["train"].select(range(min(count, len(self.rows["train"]))))
+    def unlabelled(self, labelled: int) -> Any:
+        """The rows to learn from, of which only the first ones keep their label."""
+        rows = self.rows["train"].select(range(min(TAUGHT, len(self.rows["train"]))))
         return rows.map(lambda row: {"labels": row["labels"] if row["row"] < labelled else -100})
+
+    def known(self, teacher: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
+        """The teacher's logits of the rows to learn from and of the other splits, computed once."""
+        path = folder / "logits.safetensors"
+        if not path.exists():
+            batches = {split: self.batches(split) for split in ("train", "dev", "test")}
+            save_file({split: logits_of(teacher, some) for split, some in batches.items()}, path)
+        return load_file(path)
 
     def teacher(self, folder: Path, count: int) -> PreTrainedModel:
         """The fine-tuned model, trained once: embeddings and the first two layers as they were."""
@@ -218,7 +252,7 @@ class Data:
             model.base_model.embeddings.requires_grad_(False)
             model.base_model.encoder.layer[:2].requires_grad_(False)
             rows = self.rows["train"].select(range(min(count, len(self.rows["train"]))))
-            budget = Budget(max_steps=-1, batch_size=32, learning_rate=1e-4, warmup_steps=20)
+            budget = Budget(max_steps=-1, batch_size=32, learning_rate=1e-4, warmup_steps=20, by_length=True)
             args = TrainingArguments(**budget.arguments(0, num_train_epochs=1, remove_unused_columns=True))
             Trainer(model, args, train_dataset=rows, data_collator=self.collator).train()
             model.save_pretrained(folder)
