@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_kd.students import init_student, initial_losses
+from hf_kd.students.depth import find_stacks
 
 SMALL = {"vocab_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -238,6 +239,31 @@ def test_depth_and_width_at_once_save_and_load(family, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    "family", ["deberta-v2", "modernbert", "deit", "whisper", "gemma2", "gemma3", "clip"]
+)
+def test_depth_alone(family):
+    """Trap 44: the layers that stay are the teacher's, at the places that the config remembers."""
+    teacher = make(family, 1)
+    last = 0 if family == "modernbert" else 1  # whose first layer alone has no norm in front
+    student = init_student(teacher, num_layers=1, layers="last" if last else "first")
+    kept = student.config.hf_kd_layers
+    assert kept and all(layers == [last] for layers in kept.values())
+    origin = teacher.state_dict()
+    stacks = [stack.module for stack in find_stacks(teacher)]
+    assert len(stacks) == len(kept)
+    moved = 0
+    for name, value in student.state_dict().items():
+        path = next((stack for stack in stacks if name.startswith(f"{stack}.0.")), None)
+        moved += path is not None
+        theirs = name if path is None else name.replace(f"{path}.0.", f"{path}.{last}.", 1)
+        assert torch.equal(value, origin[theirs]), name
+    if family == "modernbert":
+        with pytest.raises(ValueError, match="attn_norm is 'Identity' and was 'LayerNorm'"):
+            init_student(teacher, layers=[1])
+    assert moved and logits(student, batch_for(teacher)).isfinite().all()
+
+
 @pytest.mark.parametrize("family", GENERATE)
 def test_cached_generation_equals_uncached(family):
     """Trap 43: also with fewer heads."""
@@ -345,6 +371,27 @@ def test_refuses_what_is_not_covered():
     swin = tf.SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 2], num_heads=[1, 2])
     with pytest.raises(ValueError, match="no such size"):
         init_student(tf.SwinForImageClassification(swin), hidden_size=0.5)
+
+
+@pytest.mark.parametrize(
+    ("option", "config", "expected"),
+    [
+        ("num_layers", "num_hidden_layers", 1),
+        ("hidden_size", "hidden_size", 16),
+        ("num_attention_heads", "num_attention_heads", 4),
+        ("num_key_value_heads", "num_key_value_heads", 2),
+        ("intermediate_size", "intermediate_size", 24),
+    ],
+)
+def test_every_size_is_a_number_or_a_share(option, config, expected):
+    """0.5 is half of the teacher's, whatever is cut; the number itself says the same."""
+    teacher = make("llama", 2)
+    more = {"num_attention_heads": 0.5} if option == "num_key_value_heads" else {}
+    made = [init_student(teacher, **{**more, option: size}) for size in (0.5, expected)]
+    for student in made:
+        assert getattr(student.config, config) == expected
+    for one, other in zip(*(m.parameters() for m in made), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_one_tower_alone():

@@ -23,7 +23,7 @@ from .weights import empty_model
 FIELDS = {
     "hidden": ("hidden_size", "d_model", "n_embd", "dim"),
     "heads": ("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads", "num_heads"),
-    "kv": ("num_key_value_heads",),
+    "kv": ("num_key_value_heads", "num_kv_heads"),
     "ffn": (
         "intermediate_size",
         "d_ff",
@@ -38,8 +38,6 @@ FIELDS = {
 _HEAD_DIM = ("head_dim", "d_kv")
 # The layers that make queries, keys and values, where their width is the hidden size and tells nothing.
 _QKV = re.compile(r"(^|_)(q|k|v|query|key|value|wqkv|qkv)(_proj|_lin|_attn)?$|^c_attn$")
-# Those that hold all three, one after another; others interleave them by head.
-_FUSED = re.compile(r"^(c_attn|wqkv|qkv|qkv_proj)$")
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,8 @@ class Axis:
         tower: Path of the config that says how many.
         kind: "hidden", "heads", "kv", "ffn" or "vocab".
         unit: Entries of one item: a head has `head_dim` of them.
-        blocks: How often all items come, one run after another: 3 in a fused query-key-value layer. 0: the
-            axis is no multiple of them and cannot be cut.
+        blocks: How often all items come, one run after another: 3 in a fused query-key-value layer, unless
+            that has all three of each head together. 0: the axis is no multiple of them and cannot be cut.
         reads: Whether the weight multiplies these entries (an input), or makes them.
     """
 
@@ -77,6 +75,8 @@ class Axis:
     unit: int
     blocks: int
     reads: bool
+    #: Whether queries, keys and values (or two of them) are in one weight.
+    fused: bool = False
 
 
 #: Of each weight, its axes that follow a size of the config.
@@ -93,7 +93,9 @@ def find_towers(config: PreTrainedConfig) -> list[Tower]:
         if not fields["hidden"] or not fields["heads"] or hasattr(part, "depths"):
             continue
         hidden, heads = getattr(part, fields["hidden"][0]), getattr(part, fields["heads"][0])
-        given = next((getattr(part, n) for n in _HEAD_DIM if getattr(part, n, None) is not None), None)
+        # Where it is computed from the others (Falcon) it is no option.
+        own = vars(part)
+        given = next((own[name] for name in _HEAD_DIM if own.get(name) is not None), None)
         towers.append(Tower(path, fields, hidden, heads, given or hidden // heads, given is not None))
     return towers
 
@@ -111,7 +113,8 @@ def make_explicit(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreT
         part: Any = sub_config(config, tower.path)
         if getattr(part, "n_inner", 0) is None:
             part.n_inner = 4 * tower.hidden
-        if tower.free_heads or tower.hidden % tower.heads:
+        computed = isinstance(getattr(type(part), "head_dim", None), property)
+        if tower.free_heads or computed or tower.hidden % tower.heads:
             continue
         wide = copy.deepcopy(config)
         _double(wide, tower, "hidden")
@@ -139,7 +142,11 @@ def changed_kinds(before: PreTrainedConfig, after: PreTrainedConfig) -> set[tupl
 
 
 def find_axes(
-    kind: type[PreTrainedModel], config: PreTrainedConfig, wanted: set[tuple[str, str]]
+    kind: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    wanted: set[tuple[str, str]],
+    *,
+    interleaved: bool = False,
 ) -> tuple[PreTrainedModel, Axes]:
     """What every axis of every weight counts.
 
@@ -147,6 +154,8 @@ def find_axes(
         kind: The model's class.
         config: Its config, from `make_explicit`.
         wanted: Paths of towers and kinds of axes to find.
+        interleaved: Whether weights that hold queries, keys and values have those of each head together, and
+            not all queries first; see `hf_kd.students.symmetry`.
 
     Returns:
         An empty model of that config, and the axes of its weights and buffers.
@@ -165,10 +174,10 @@ def find_axes(
                 for i, (old, new) in enumerate(zip(base.get(name, ()), shape, strict=False)):
                     if old != new:
                         taken = i in axes.get(name, {})
-                        axis = _axis(owners, name, i, tower, what, (old, new), config)
+                        axis = _axis(owners, name, i, tower, what, (old, new), config, interleaved)
                         axes.setdefault(name, {})[i] = _unclear(axis) if taken else axis
         if not tower.free_heads:
-            _split_attention(model, axes, tower)
+            _split_attention(model, axes, tower, interleaved)
     return model, axes
 
 
@@ -202,6 +211,7 @@ def _axis(
     kind: str,
     sizes: tuple[int, int],
     config: PreTrainedConfig,
+    interleaved: bool,
 ) -> Axis:
     path, _, leaf = name.rpartition(".")
     owner = owners[path]
@@ -210,9 +220,18 @@ def _axis(
     unit = tower.head_dim if kind in ("heads", "kv") and sizes[0] not in counts else 1
     whole = [n for n in counts if sizes[0] % (n * unit) == 0]
     blocks = sizes[0] // (max(whole) * unit) if whole and sizes[1] == 2 * sizes[0] else 0
-    if blocks > 1 and kind in ("heads", "kv") and not _FUSED.search(path.rpartition(".")[2].lower()):
-        blocks = 0
-    return Axis(tower.path, kind, unit, blocks, _reads(owner, leaf, index))
+    axis = Axis(tower.path, kind, unit, blocks, _reads(owner, leaf, index))
+    return _in_heads(axis, unit, interleaved) if kind in ("heads", "kv") else axis
+
+
+def _in_heads(axis: Axis, unit: int, interleaved: bool) -> Axis:
+    """An axis of whole heads, of which up to three (query, key, value) may be in one weight."""
+    fused = axis.blocks in (2, 3)
+    blocks = axis.blocks if axis.blocks == 1 or fused else 0
+    if fused and interleaved:
+        unit, blocks = unit * blocks, 1
+    kind = axis.kind if axis.kind == "kv" else "heads"
+    return Axis(axis.tower, kind, unit, blocks, axis.reads, fused)
 
 
 def _unclear(axis: Axis) -> Axis:
@@ -227,7 +246,7 @@ def _reads(owner: nn.Module, leaf: str, index: int) -> bool:
     return isinstance(owner, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and index == 1
 
 
-def _split_attention(model: nn.Module, axes: Axes, tower: Tower) -> None:
+def _split_attention(model: nn.Module, axes: Axes, tower: Tower, interleaved: bool) -> None:
     """Tell heads from hidden channels where the former fill exactly the latter.
 
     What queries, keys and values are made in is known by name; what reads the heads again is the layer that
@@ -243,15 +262,14 @@ def _split_attention(model: nn.Module, axes: Axes, tower: Tower) -> None:
         last = path.rpartition(".")[2].lower()
         if _QKV.search(last):
             for name in (f"{path}.weight", f"{path}.bias"):
-                _rename(axes.get(name, {}), reads=False, tower=tower, fused=bool(_FUSED.search(last)))
+                _rename(axes.get(name, {}), tower, reads=False, interleaved=interleaved)
             open_ = True
         elif open_:
-            _rename(own, reads=True, tower=tower, fused=False)
+            _rename(own, tower, reads=True, interleaved=False)
             open_ = False
 
 
-def _rename(own: dict[int, Axis], *, reads: bool, tower: Tower, fused: bool) -> None:
+def _rename(own: dict[int, Axis], tower: Tower, *, reads: bool, interleaved: bool) -> None:
     for i, axis in own.items():
         if axis.kind == "hidden" and axis.reads == reads:
-            blocks = axis.blocks if axis.blocks == 1 or fused else 0
-            own[i] = Axis(tower.path, "heads", tower.head_dim, blocks, reads)
+            own[i] = _in_heads(axis, tower.head_dim, interleaved)

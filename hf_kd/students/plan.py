@@ -16,6 +16,7 @@ from .axes import changed_kinds, find_axes, make_explicit
 from .depth import Stack
 from .importance import reader_importance
 from .memory import LAYERS, VOCABULARY
+from .symmetry import find_layout
 from .weights import compare_layers, empty_model, fill, follow_rule, teacher_name
 
 logger = logging.getLogger("hf_kd.students")
@@ -96,7 +97,9 @@ class Plan:
             return {names[name]: scores for name, scores in found.items()}
 
         try:
-            full, axes = find_axes(kind, whole, changed_kinds(whole, config))
+            wanted = changed_kinds(whole, config)
+            interleaved = find_layout(kind, whole, self.stacks, wanted)
+            full, axes = find_axes(kind, whole, wanted, interleaved=interleaved)
             self.model = empty_model(kind, config)
             tokens = None if vocab is None else torch.tensor(vocab)
             self.kept = width.select(full, self.model, axes, measure, tokens)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from .depth import Stack, outer_lists
 
@@ -37,8 +38,11 @@ def refuse_unreadable(teacher: object) -> None:
 
 def empty_model(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """A model whose parameters take no memory; its buffers are real and as the config says."""
-    with torch.random.fork_rng(devices=[]), _parameters_on_meta():
-        return kind(config)
+    # Random numbers for weights that have no room take longer than all the rest.
+    with torch.random.fork_rng(devices=[]), _parameters_on_meta(), no_init_weights():
+        model = kind(config)
+    model.tie_weights()
+    return model
 
 
 @contextlib.contextmanager

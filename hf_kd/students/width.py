@@ -192,7 +192,47 @@ def select(
         _put(kept, [m for m in members if m.axis.kind == "vocab"], {"vocab": tokens}, before)
     for group in _joined(groups, members):
         found = [scores[r] for r in group.readers if r in scores]
-        chosen = _chosen(group.members, before, after, found, _key_value_heads(full, group))
+        heads = {m.axis.kind: m.sizes(before, after)[0] for m in group.members}
+        chosen = _chosen(group.members, before, after, found, _key_value_heads(full, group, heads))
+        _put(kept, group.members, chosen, before)
+    return kept
+
+
+def reordered(full: PreTrainedModel, axes: Axes) -> Kept:
+    """All entries of each axis of each weight in another, random order: that of whole heads and channels.
+
+    Args:
+        full: An empty model.
+        axes: From `find_axes`, for `full`.
+
+    Raises:
+        ValueError: If an axis is not understood.
+    """
+    before, persistent = _shapes(full), set(full.state_dict())
+    members = [
+        _Member(name, i, axis)
+        for name, own in axes.items()
+        for i, axis in own.items()
+        if name in persistent and axis.kind != "vocab"
+    ]
+    for member in members:
+        if not member.axis.blocks:
+            raise ValueError(f"axis {member.index} of {member.name} is not understood")
+    g = torch.Generator().manual_seed(1)
+    kept: Kept = {}
+    hidden = [m for m in members if m.axis.kind == "hidden"]
+    for tower in {m.axis.tower for m in hidden}:
+        own = [m for m in hidden if m.axis.tower == tower]
+        size, _ = own[0].sizes(before, before)
+        _put(kept, own, {"hidden": torch.randperm(size, generator=g)}, before)
+    for group in _joined(_groups(full, members), members):
+        sizes = {m.axis.kind: m.sizes(before, before)[0] for m in group.members}
+        chosen = {kind: torch.randperm(size, generator=g) for kind, size in sizes.items()}
+        if "heads" in sizes:  # query heads move with their key-value heads
+            sets = _key_value_heads(full, group, sizes)
+            order = chosen.get("kv", torch.arange(sets))
+            size = sizes["heads"] // sets
+            chosen["heads"] = torch.cat([k * size + torch.randperm(size, generator=g) for k in order])
         _put(kept, group.members, chosen, before)
     return kept
 
@@ -278,12 +318,15 @@ def _chosen(
     return {"kv": keys, "heads": torch.cat(queries)}
 
 
-def _key_value_heads(full: PreTrainedModel, group: _Group) -> int:
+def _key_value_heads(full: PreTrainedModel, group: _Group, sizes: Mapping[str, int]) -> int:
     """How many sets of heads have keys of their own; all heads are one set where each has."""
+    if "kv" not in sizes and "heads" not in sizes:
+        return 1
     axis = group.members[0].axis
     tower = next(t for t in find_towers(full.config) if t.path == axis.tower)
     fields = tower.fields["kv"]
-    return getattr(sub_config(full.config, tower.path), fields[0]) if fields else 1
+    count = getattr(sub_config(full.config, tower.path), fields[0]) if fields else 1
+    return 1 if "kv" not in sizes and count == sizes["heads"] else count
 
 
 def _top(scores: Tensor | None, size: int, wanted: int) -> Tensor:
