@@ -14,8 +14,10 @@ from .depth import Ranking, Stack
 from .importance import Calibration, batches_of, block_influence, mean_loss
 from .memory import VOCABULARY
 from .plan import Plan
+from .search import Target, search
 from .sizes import Size
 from .weights import fill, refuse_unreadable
+from .width import OPTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,9 @@ def init_student(
     num_key_value_heads: _Size = None,
     intermediate_size: _Size = None,
     vocab: Sequence[int] | None = None,
+    max_parameters: Size | None = None,
+    max_bytes: Size | None = None,
+    max_latency_ms: float | None = None,
     calibration: Calibration | None = None,
     importance: str = "influence",
     seed: int = 0,
@@ -45,6 +50,8 @@ def init_student(
     the config (see `hf_kd.students.axes`), and every weight on the residual stream keeps the same hidden
     channels. Whole heads are kept or dropped: a model whose heads fill its hidden size (BERT, ViT, GPT-2)
     takes hidden sizes that are multiples of a head's width, and loses heads with them.
+    **Targets** (`max_...`) search the depth and widths that are not given, on the meta device; what was tried
+    and why one was chosen is logged (see `hf_kd.students.search`).
 
     The student has the teacher's class, dtype, device and train or eval mode, shares no memory with it, and
     loads with `from_pretrained` like any other. `student.config.hf_kd_layers` keeps the map of layers, and
@@ -65,6 +72,10 @@ def init_student(
         num_key_value_heads: Default: as many query heads for each as in the teacher, if that divides.
         intermediate_size: Feed-forward channels.
         vocab: Ids of the tokens to keep, in the student's order; see `trim_vocabulary`.
+        max_parameters: The most parameters, each counted once; or a share of the teacher's.
+        max_bytes: The most bytes of its weights in the teacher's dtype, or a share of the teacher's.
+        max_latency_ms: The most milliseconds of a forward pass of one row on the teacher's device: the first
+            of `calibration`, or a made-up one. Some shapes are built with random weights and timed.
         calibration: A batch of model inputs, or several. With it channels are kept by importance
             (`E[x^2] * |w|^2` where they are read), without it the first ones; with labels, the loss of
             teacher, student, and a student of random weights is logged before any training.
@@ -75,8 +86,8 @@ def init_student(
         A smaller model of the same class.
 
     Raises:
-        ValueError: If a size does not fit the teacher, or the model cannot be cut without changing what the
-            remaining weights compute.
+        ValueError: If a size does not fit the teacher, nothing meets a target, or the model cannot be cut
+            without changing what the remaining weights compute.
     """
     refuse_unreadable(teacher)
     widths: dict[str, Any] = {
@@ -93,9 +104,27 @@ def init_student(
             f"init_student finds no stack of layers in {type(teacher).__name__}: none of its module lists is "
             "as long as a layer count of its config. Give a smaller checkpoint as student, or student_config"
         )
+    rankings = _rankings(teacher, stacks, batches, importance)
+    target = Target(max_parameters, max_bytes, max_latency_ms)
+    if target != Target():
+        found = search(
+            teacher,
+            stacks,
+            target,
+            num_layers=num_layers,
+            layers=layers,
+            rankings=rankings,
+            widths=widths,
+            vocab=vocab,
+            batches=batches,
+        )
+        found.log()
+        num_layers = found.chosen.layers if isinstance(layers, str) else None
+        searched = found.chosen.widths
+        widths = {k: searched.get(OPTIONS[k]) if size is None else size for k, size in widths.items()}
+        narrow = narrow or bool(searched)
     if num_layers is None and isinstance(layers, str):
         num_layers = {s.option: s.count if narrow else (s.count + 1) // 2 for s in stacks}
-    rankings = _rankings(teacher, stacks, batches, importance)
     cuts = depth.choose_layers(stacks, num_layers, layers, rankings)
     plan = Plan(teacher, stacks, cuts, may_move=layers == "even")
     if narrow:
