@@ -64,6 +64,12 @@ class ClassMap:
     def _index(self) -> Tensor:
         return torch.tensor(self.order)
 
+    def places(self, size: int = 0) -> Tensor:
+        """The teacher's class of each of the student's; then, up to `size`, those that the student lacks."""
+        gone = torch.ones(max(size, len(self._index)), dtype=torch.bool)
+        gone[self._index[self._index < len(gone)]] = False
+        return torch.cat([self._index, gone.nonzero().squeeze(-1)]) if size else self._index
+
     @property
     def drops(self) -> bool:
         """Whether the teacher may have classes that the student has not."""

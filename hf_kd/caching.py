@@ -155,6 +155,7 @@ def verify(argv: Sequence[str]) -> int:
     if _check_sums(asked.folder, console):
         return 1
     cached, worst, rows = CachedTeacher(asked.folder), 0.0, 0
+    cached.tokens = getattr(trainer.teacher, "tokens", None)
     most = math.ceil(asked.rows / trainer.args.per_device_train_batch_size)
     for batch in sample_batches(trainer, trainer.train_dataset, most):
         inputs = inputs_of(trainer, batch)
@@ -306,7 +307,7 @@ def _difference(trainer: DistillationTrainer, cached: CachedTeacher, inputs: Map
     live = ask(trainer.teacher, inputs, manifest.fidelity)
     mask = None
     if manifest.per_position:
-        mask = present(teacher_view(inputs, manifest.columns), manifest.pad)
+        mask = present(teacher_view(inputs, manifest.columns, cached.tokens), manifest.pad)
 
     def kept(values: Tensor) -> Tensor:
         return (values if mask is None else values[mask]).float().cpu()

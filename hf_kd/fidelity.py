@@ -87,6 +87,14 @@ def check_sparse(
             f"metric_for_best_model={args.metric_for_best_model!r} is not known of a sparse teacher; set "
             "'loss', 'kl_tail', or 'kl_draws' if it has draws.",
         )
+    if objective.classes.kept:
+        report.add(
+            "teacher",
+            "teacher: its sparse signal does not say how much of its tail is on tokens that the student's "
+            "trimmed vocabulary lacks; give it as a model, or a cache made with --cache_fidelity hidden or "
+            "logits.",
+        )
+        return
     _check_ids(trainer, signal, classes, report)
 
 

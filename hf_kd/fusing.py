@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .alignment import ClassMap
 from .answers import Answer, Exits
 from .losses.entries import compare_projected
 from .losses.evaluation import fused_evaluation
@@ -172,10 +173,11 @@ class Fusion:
         counted: Tensor,
     ) -> dict[str, Tensor]:
         """Statistics of each position `[P]`, weighted."""
-        seen = fused_evaluation(
+        seen = None if teacher is None else _in_classes(objective.classes, teacher, whole=True)
+        found = fused_evaluation(
             hidden,
             head,
-            teacher=DenseTeacher(teacher) if isinstance(teacher, Tensor) else teacher,
+            teacher=DenseTeacher(seen) if isinstance(seen, Tensor) else seen,
             labels=supervision.labels,
             mask=counted,
             shared_classes=objective.classes.shared,
@@ -184,11 +186,11 @@ class Fusion:
         task, kd = supervision.task_weight, supervision.kd_weight if teacher is not None else None
         columns: dict[str, Tensor] = {}
         if supervision.labels is not None:
-            columns |= {"task": seen.nll * task, "task_count": task}
+            columns |= {"task": found.nll * task, "task_count": task}
         if kd is not None:
-            columns |= {"kl": seen.kl * kd, "kd_count": kd, "agreement": seen.agreement * kd}
-            columns["teacher_entropy"] = seen.teacher_entropy * kd
-            columns["teacher_mass_dropped"] = seen.teacher_mass_dropped * kd
+            columns |= {"kl": found.kl * kd, "kd_count": kd, "agreement": found.agreement * kd}
+            columns["teacher_entropy"] = found.teacher_entropy * kd
+            columns["teacher_mass_dropped"] = found.teacher_mass_dropped * kd
         return columns
 
     def _sparse_columns(
@@ -283,8 +285,6 @@ def is_language_model(task: Task) -> bool:
 def _reason(task: Task, objective: Objective) -> str | None:
     if not is_language_model(task):
         return f"task {task.name!r} has no vocabulary."
-    if objective.classes.kept:
-        return "the student has a part of the teacher's vocabulary."
     if objective.divergence_name not in FUSED_DIVERGENCES:
         return f"divergence={objective.divergence_name!r} needs whole rows of logits."
     return None
@@ -306,6 +306,27 @@ def _teacher_spec(teacher: Teacher | None, batch: Mapping[str, Any]) -> HeadSpec
 def _fused_teacher(objective: Objective, teacher: Answer | None, temperature: float) -> FusedTeacher | None:
     """What the fused loss takes for an answer."""
     assert not isinstance(teacher, Exits)  # taken one by one
+    if isinstance(teacher, Tensor | HiddenTeacher):
+        teacher = _in_classes(objective.classes, teacher)
     if isinstance(teacher, Tensor):
         return DenseTeacher(teacher)
     return objective.reader.entries(teacher, temperature) if isinstance(teacher, SparseSignal) else teacher
+
+
+def _in_classes(
+    classes: ClassMap, teacher: Tensor | HiddenTeacher, *, whole: bool = False
+) -> Tensor | HiddenTeacher:
+    """The teacher with its classes in the order of a student whose vocabulary was trimmed.
+
+    Args:
+        classes: How the classes correspond.
+        teacher: Logits `[P, C_t]`, or hidden states and a head of `C_t` classes.
+        whole: Keep the classes that the student has not, behind the others: their mass is asked for.
+    """
+    if not classes.kept:
+        return teacher
+    size = teacher.shape[-1] if isinstance(teacher, Tensor) else teacher.head.classes
+    index = classes.places(size if whole else 0)
+    if isinstance(teacher, Tensor):
+        return teacher[:, index.to(teacher.device)]
+    return replace(teacher, head=replace(teacher.head, rows=index))

@@ -23,6 +23,7 @@ from .losses.needs import needs_of
 from .options import as_mapping
 from .processors import PixelMap, align_processors
 from .students.memory import VOCABULARY
+from .teachers.cache import CachedTeacher
 from .teachers.ensemble import Ensemble
 from .teachers.models import TEACHER_PREFIX, ModelTeacher, forward_parameters
 
@@ -64,7 +65,7 @@ def _match(trainer: DistillationTrainer, teacher: Any) -> ClassMap:
     sizes = _vocab_size(trainer.student), _vocab_size(described)
     processors = trainer.processing_class, _teacher_processor(trainer, described)
     kept = _trimmed(trainer)
-    if kept is not None and isinstance(teacher, ModelTeacher):
+    if kept is not None and isinstance(teacher, ModelTeacher | CachedTeacher):
         return align_trimmed(kept, sizes, *processors)
     try:
         return align_vocabulary(*sizes, *processors)
@@ -86,6 +87,8 @@ def _blind_to_classes(trainer: DistillationTrainer) -> bool:
 
 def _trimmed(trainer: DistillationTrainer) -> list[int] | None:
     """The teacher's id of each of the student's tokens, where the student's vocabulary was trimmed."""
+    if trainer.args.self_teacher is not None:
+        return None  # its own tokens are the teacher's
     return getattr(getattr(trainer.student, "config", None), VOCABULARY, None)
 
 
@@ -98,10 +101,19 @@ def match_inputs(trainer: DistillationTrainer) -> None:
     """
     # One behind a cache is asked about rows that the cache lacks.
     teacher = getattr(trainer.teacher, "live", None) or trainer.teacher
-    teachers = [m.teacher for m in teacher.members] if isinstance(teacher, Ensemble) else [teacher]
-    for one in teachers:
+    teachers: list[Any] = [m.teacher for m in teacher.members] if isinstance(teacher, Ensemble) else [teacher]
+    kept = _trimmed(trainer)
+    for one in [*teachers, trainer.teacher] if isinstance(trainer.teacher, CachedTeacher) else teachers:
         if isinstance(one, ModelTeacher):
             one.pixels = _pixels(trainer, one)
+        elif isinstance(one, CachedTeacher):
+            one.tokens = None if kept is None else torch.tensor(kept)
+        elif kept is not None and one is not None:
+            raise AlignmentError(
+                f"teacher: the student has {len(kept)} of its teacher's tokens, and a {type(one).__name__} "
+                "can't be asked in the teacher's own ids: give the teacher as a model, or a cache of what it "
+                "says (teacher_cache)."
+            )
 
 
 def _pixels(trainer: DistillationTrainer, teacher: ModelTeacher) -> PixelMap | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -492,6 +493,31 @@ def test_unbiased_draws_average_to_the_full_gradient():
     task = problem.fused(alpha=0.0)[1][0] * 0.5
     assert total == pytest.approx(float(wanted[0].kd_sum))
     torch.testing.assert_close(total_grad - 5 * task, wanted[1][0])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_teacher_whose_classes_are_some_rows_of_its_head(dtype, masked):
+    """Trap 30: a trimmed student's teacher is read by an index map; bias, soft-cap and scale follow it."""
+    problem = Problem(teacher_v=401, softcap=20.0, scale=0.7, masked=masked)
+    rows = torch.randperm(problem.teacher_head.classes, generator=torch.Generator().manual_seed(3))
+    kept, whole = rows[: problem.head.classes], problem.teacher_head
+    if masked:
+        kept = torch.arange(problem.head.classes)  # the masked classes of both stay where they are
+        rows = torch.cat([kept, torch.arange(problem.head.classes, whole.classes)])
+    part = Head(whole.weight[kept], whole.bias[kept], whole.softcap, whole.scale)
+    teacher = problem.teacher(dtype=dtype)
+    teacher = HiddenTeacher(teacher.hidden, replace(teacher.head, rows=kept))
+    found = problem.fused(teacher, dtype=dtype)
+    problem.teacher_head = part
+    assert teacher.head.classes == len(kept)
+    assert_equal(found, problem.oracle(), 1e-9 if dtype == torch.float64 else 1e-4)
+    behind = HiddenTeacher(teacher.hidden, replace(teacher.head, rows=rows))
+    seen = fused_evaluation(problem.hidden.to(dtype), cast(problem.head, dtype), teacher=behind)
+    dropped = 1 - logits(problem.teacher_hidden, whole).softmax(-1)[:, kept].sum(-1)
+    torch.testing.assert_close(seen.teacher_mass_dropped.double(), dropped, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="rows is for a teacher"):
+        fused_distillation(problem.hidden, replace(problem.head, rows=kept), alpha=0.0, labels=problem.labels)
 
 
 @pytest.mark.parametrize("kind", ["hidden", "dense"])

@@ -190,3 +190,156 @@ def test_a_classifier_with_a_trimmed_vocabulary(tmp_path):
             init_student(teacher, vocab=[*kept[:-2], kept[-1], kept[-2]]), arguments(tmp_path),
             teacher=teacher, teacher_processing_class=old, eval_dataset=rows, processing_class=new,
         ).evaluate()  # fmt: skip
+
+
+class Trimmed:
+    """A teacher of a whole vocabulary, a noisy student of a part, and rows."""
+
+    def __init__(self, seed=0):
+        self.old = bytes_bpe()
+        self.new, self.kept = trim_vocabulary(self.old, CORPUS)
+        self.teacher = gpt2(self.old)
+        self.student = init_student(self.teacher, vocab=self.kept, num_layers=1)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for model in (self.teacher, self.student):
+                for parameter in model.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+
+    def trainer(self, path, *, teacher=None, **options):
+        rows = rows_of(self.new)
+        return DistillationTrainer(
+            self.student, arguments(path, **options), teacher=teacher or self.teacher,
+            teacher_processing_class=self.old, train_dataset=rows, eval_dataset=rows,
+            processing_class=self.new,
+        )  # fmt: skip
+
+    def gradient(self, trainer):
+        """Loss and gradient of one batch, and the evaluation."""
+        batch = next(iter(trainer.get_train_dataloader()))
+        self.student.zero_grad()
+        trainer.student.eval()
+        loss = trainer.compute_loss(trainer.student, batch)
+        loss.backward()
+        return float(loss.detach()), {n: p.grad.double() for n, p in self.student.named_parameters()}, batch
+
+    def oracle(self, batch, alpha, temperature):
+        """The same in float64, from whole logits of both models."""
+        student, teacher = self.student.double(), self.teacher.double()
+        student.zero_grad()
+        kept, labels = torch.tensor(self.kept), batch["labels"][:, 1:]
+        z = student(batch["input_ids"]).logits[:, :-1]
+        with torch.no_grad():
+            t = teacher(kept[batch["input_ids"]]).logits[:, :-1][..., kept]
+        mask = labels != -100
+        log_q, log_p = ((x[mask] / temperature).log_softmax(-1) for x in (z, t))
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        task = torch.nn.functional.cross_entropy(z[mask], labels[mask])
+        loss = (1 - alpha) * task + alpha * temperature**2 * kl
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in student.named_parameters()}
+        student.float(), teacher.float()
+        return float(loss.detach()), grads
+
+
+@pytest.mark.parametrize("fused", ["on", "off"])
+def test_fused_and_dense_equal_the_oracle(fused, tmp_path):
+    """Trap 30: value, gradient and evaluation are those of whole logits in float64, restricted."""
+    pair = Trimmed()
+    trainer = pair.trainer(tmp_path, fused=fused, alpha=0.6, temperature=2.0)
+    loss, grads, batch = pair.gradient(trainer)
+    scores = trainer.evaluate()
+    wanted, exact = pair.oracle(batch, 0.6, 2.0)
+    assert loss == pytest.approx(wanted, rel=1e-5)
+    for name, gradient in exact.items():
+        assert (grads[name] - gradient).norm() <= 1e-4 * gradient.norm().clamp_min(1e-6), name
+    ids = torch.tensor(rows_of(pair.new)["input_ids"])
+    kept = torch.tensor(pair.kept)
+    with torch.no_grad():
+        p = pair.teacher.double()(kept[ids]).logits[:, :-1].softmax(-1)
+        log_q = pair.student.double()(ids).logits[:, :-1].log_softmax(-1)
+    labels = ids[:, 1:]
+    counted = labels != -100
+    dropped = 1 - p[..., kept].sum(-1)
+    q = p[..., kept] / p[..., kept].sum(-1, keepdim=True)
+    kl = (q * (q.log() - log_q)).sum(-1)
+    assert scores["eval_kl"] == pytest.approx(float(kl[counted].mean()), rel=1e-4)
+    assert scores["eval_teacher_mass_dropped"] == pytest.approx(float(dropped[counted].mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("fidelity", ["hidden", "logits", "sparse"])
+def test_a_cache_of_the_whole_teacher(fidelity, tmp_path):
+    """Rows are found by the teacher's ids, so one cache is for every student; sparse ones are refused."""
+    from dataclasses import replace
+
+    from hf_kd.teachers.cache import CachedTeacher, CacheWriter
+    from hf_kd.teachers.cache.make import CacheSettings, describe, fill, save_head
+
+    pair = Trimmed()
+    live = pair.trainer(tmp_path / "live", fused="off")
+    scores = live.evaluate()
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    rows = torch.tensor([[pair.kept[i] for i in row] for row in rows_of(pair.new)["input_ids"]])
+    whole = type(live.teacher)(gpt2(pair.old), ("logits",))
+    whole.model.load_state_dict(pair.teacher.state_dict())
+    batch = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+    settings = CacheSettings(fidelity=fidelity, dtype=None if fidelity == "sparse" else "float32")
+    manifest, head = describe(whole, batch, settings, processor=pair.old)
+    if head is not None:
+        manifest = replace(manifest, head=save_head(head, folder))
+    manifest.write(folder)
+    fill(CacheWriter(folder, manifest), whole, [batch])
+    again = CacheWriter(folder, manifest)  # a trimmed run that writes finds that all is there
+    own = {
+        "input_ids": torch.tensor(rows_of(pair.new)["input_ids"]),
+        "attention_mask": batch["attention_mask"],
+    }
+    fill(again, live.teacher, [own])
+    assert CachedTeacher(folder).rows == len(rows)
+    rows = rows_of(pair.new).add_column("attention_mask", [[1] * 7] * 3)
+
+    def cached(fused):
+        trainer = DistillationTrainer(
+            pair.student, arguments(tmp_path / fused, fused=fused, teacher_cache=str(folder)),
+            teacher_processing_class=pair.old, train_dataset=rows, eval_dataset=rows,
+            processing_class=pair.new,
+        )  # fmt: skip
+        return trainer.evaluate()
+
+    if fidelity == "sparse":
+        with pytest.raises(ValueError, match="trimmed vocabulary lacks; give it as a model"):
+            cached("auto")
+        return
+    for fused in ("on", "off"):
+        found = cached(fused)
+        for name in ("eval_kl", "eval_agreement", "eval_teacher_mass_dropped"):
+            assert found[name] == pytest.approx(scores[name], rel=1e-3, abs=1e-6), name
+
+
+def test_several_teachers_itself_and_others(tmp_path):
+    """An ensemble is asked in the teachers' ids, a student that teaches itself in its own; others refuse."""
+    pair = Trimmed()
+    other = gpt2(pair.old)
+    both = pair.trainer(tmp_path, teacher=[pair.teacher, other], fused="on")
+    scores = both.evaluate()
+    ids = torch.tensor(rows_of(pair.new)["input_ids"])
+    kept = torch.tensor(pair.kept)
+    with torch.no_grad():
+        parts = [m(kept[ids]).logits[:, :-1][..., kept].softmax(-1) for m in (pair.teacher, other)]
+        log_q = pair.student(ids).logits[:, :-1].log_softmax(-1)
+    p = sum(parts) / 2
+    assert scores["eval_kl"] == pytest.approx(float((p * (p.log() - log_q)).sum(-1).mean()), rel=1e-4)
+    rows = rows_of(pair.new)
+    options = {"train_dataset": rows, "eval_dataset": rows, "processing_class": pair.new}
+    itself = DistillationTrainer(pair.student, arguments(tmp_path, self_teacher="frozen"), **options)
+    assert abs(itself.evaluate()["eval_kl"]) < 1e-6
+
+    class Silent:
+        columns, identity = ("input_ids",), {"name": "silent"}
+
+        def __call__(self, batch):
+            raise ValueError("asked in ids that are not its own")
+
+    with pytest.raises(ValueError, match="a Silent can't be asked in the teacher's own ids"):
+        DistillationTrainer(pair.student, arguments(tmp_path), teacher=Silent(), **options).evaluate()

@@ -164,7 +164,7 @@ class _Group:
         shared = job.shared if self.distil else 0
         item = self.dtype.itemsize
         upcast = student.width if student.weight.dtype != self.dtype else 0
-        if isinstance(teacher, Projection) and teacher.weight.dtype != self.dtype:
+        if isinstance(teacher, Projection) and teacher.copies:
             upcast += teacher.width
         columns = (7 if self.streams else 2) * student.width + (0 if teacher is None else teacher.width)
         entries = 0 if self.sparse is None else self.sparse.ids.shape[-1]

@@ -78,7 +78,7 @@ def fused_evaluation(
     source, teacher_hidden, shared = _source(teacher, dtype, count)
     shared = min(shared, head.classes, shared_classes or shared)
     upcast = student.width if student.weight.dtype != dtype else 0
-    if isinstance(source, Projection) and source.weight.dtype != dtype:
+    if isinstance(source, Projection) and source.copies:
         upcast += source.width
     columns = student.width + (0 if source is None else source.width)
     plan = make_plan(

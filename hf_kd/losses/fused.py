@@ -140,6 +140,8 @@ def fused_distillation(
         raise ValueError(
             f"hidden has {flat.shape[1]} columns, head.weight {head.weight.shape[1]}; give the head's input."
         )
+    if head.rows is not None:
+        raise ValueError("head.rows is for a teacher: a student's classes are all rows of its own head.")
     teacher = None if alpha == 0 else teacher
     kind, parameter = _divergence(divergence, divergence_options or {})
     shared = _shared(shared_classes, head, teacher)

@@ -40,12 +40,15 @@ class Head:
         bias: `[V]` or None. Entries may be `-inf`: such classes have no mass.
         softcap: Bound of the logits, or None for none.
         scale: Factor of the logits.
+        rows: `[C]` rows of the weight that are the classes, in their order, of a teacher whose student has
+            other or fewer ones; None: all of them, in theirs. They are gathered tile by tile.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse shapes and numbers that can't be a head."""
@@ -64,7 +67,7 @@ class Head:
     @property
     def classes(self) -> int:
         """Size of the vocabulary, padding included."""
-        return self.weight.shape[0]
+        return self.weight.shape[0] if self.rows is None else len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,9 @@ class Projection:
         self.cap = None if head.softcap is None else head.softcap / temperature
         self.divisor = temperature if head.softcap is None else head.softcap
         self.factor = head.scale / self.divisor
-        self.bias = None if head.bias is None else head.bias.detach().to(dtype) * self.factor
+        self.rows = None if head.rows is None else head.rows.to(self.weight.device)
+        bias = head.bias if head.bias is None or self.rows is None else head.bias[self.rows]
+        self.bias = None if bias is None else bias.detach().to(dtype) * self.factor
         self.has_masked = self.bias is not None and bool(torch.isneginf(self.bias).any())
         self._upcast: Tensor | None = None
 
@@ -152,6 +157,11 @@ class Projection:
     def width(self) -> int:
         """Columns of the hidden state."""
         return self.weight.shape[1]
+
+    @property
+    def copies(self) -> bool:
+        """Whether each tile of the weight is copied before it is used."""
+        return self.weight.dtype != self.dtype or self.rows is not None
 
     def prepare(self, hidden: Tensor | None, rows: Tensor) -> Tensor:
         """Hidden states `[n, H]` of some rows, in the dtype of the maths and scaled."""
@@ -164,7 +174,10 @@ class Projection:
         One tile is upcast at a time: without hardware for half precision a product in fp32 is far faster, and
         exact.
         """
-        part = self.weight[start:stop]
+        if self.rows is not None:
+            part = self.weight.index_select(0, self.rows[start:stop])
+        else:
+            part = self.weight[start:stop]
         if part.dtype == self.dtype:
             return part
         if self._upcast is None or self._upcast.shape[0] < stop - start:
@@ -183,10 +196,11 @@ class Projection:
     def at(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Logits over the temperature `[n, k]` of a few classes `ids [n, k]` per token."""
         out = torch.empty(ids.shape, dtype=self.dtype, device=hidden.device)
+        places = ids if self.rows is None else self.rows[ids]
         step = max(1, _TILE_BYTES // (4 * self.width * max(1, ids.shape[1])))
         for first in range(0, ids.shape[0], step):
             part = slice(first, first + step)
-            rows = self.weight[ids[part]].to(self.dtype)
+            rows = self.weight[places[part]].to(self.dtype)
             out[part] = torch.bmm(rows, hidden[part].unsqueeze(-1)).squeeze(-1)
         if self.bias is not None:
             out.add_(self.bias[ids])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..loading import load_model
+from ..students.memory import VOCABULARY
 from ..tasks import TASKS, Task
 from .cache import CachedTeacher
 from .cache.make import sparse_manifest, tokenizer_hash
@@ -200,6 +201,7 @@ def _from_cache(
         name=name,
         revision=args.teacher_revision,
         dtype=args.teacher_dtype,
-        tokenizer=tokenizer_hash(processor),
+        # A student with a part of the vocabulary asks in the teacher's ids.
+        tokenizer="" if hasattr(getattr(student, "config", None), VOCABULARY) else tokenizer_hash(processor),
         rank=args.process_index,
     )

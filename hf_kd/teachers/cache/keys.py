@@ -31,9 +31,20 @@ _NOT_CONTENT = ("attention_mask", "decoder_attention_mask", "labels", "use_cache
 SIDES = {"decoder_input_ids": "decoder_attention_mask", "input_ids": "attention_mask"}
 
 
-def teacher_view(batch: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of a batch that a teacher with these arguments reads; its own `teacher_` columns win."""
+def teacher_view(
+    batch: Mapping[str, Any], columns: Sequence[str], tokens: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a batch that a teacher with these arguments reads; its own `teacher_` columns win.
+
+    Args:
+        batch: What both models read.
+        columns: The teacher's arguments.
+        tokens: The teacher's id of each of the student's tokens, where the student has not all of them.
+    """
     found = {name: batch.get(TEACHER_PREFIX + name, batch.get(name)) for name in columns}
+    for name in SIDES if tokens is not None else ():
+        if isinstance(found.get(name), Tensor) and TEACHER_PREFIX + name not in batch:
+            found[name] = tokens.to(found[name].device)[found[name]]
     if DECODED in batch and found.get("decoder_attention_mask") is None:
         found["decoder_attention_mask"] = batch[DECODED]
     return {name: value for name, value in found.items() if isinstance(value, Tensor) and value.ndim > 0}

@@ -71,7 +71,8 @@ def describe(
         ValueError: If the settings are not known.
     """
     columns = [name for name in teacher.columns if not name.startswith(TEACHER_PREFIX)]
-    view = teacher_view(batch, columns)
+    tokens = getattr(teacher, "tokens", None)
+    view = teacher_view(batch, columns, tokens)
     model = getattr(teacher, "model", None)
     config = getattr(model, "config", None)
     pad = getattr(config, "pad_token_id", None) if "decoder_input_ids" in view else None
@@ -110,7 +111,8 @@ def describe(
         stored=stored,
         shapes={} if codec else {name: list(t.shape[start:]) for name, t in tensors.items()},
         per_position=per_position,
-        tokenizer=tokenizer_hash(processor),
+        # Rows are known by the teacher's ids, whatever part of its vocabulary the student has.
+        tokenizer="" if tokens is not None else tokenizer_hash(processor),
         pad=pad,
         codec=codec.describe() if codec else None,
         versions=_versions(),
@@ -224,7 +226,7 @@ def fill(
     """
     manifest, apart = writer.manifest, False
     for batch in batches:
-        view = teacher_view(batch, manifest.columns)
+        view = teacher_view(batch, manifest.columns, getattr(teacher, "tokens", None))
         mask = present(view, manifest.pad) if manifest.per_position else None
         asked = pieces(view, manifest.pad, whole=mask is None)
         wanted = once(piece for piece in asked if piece.key not in writer)

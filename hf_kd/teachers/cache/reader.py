@@ -80,6 +80,8 @@ class CachedTeacher:
         self._head = self._load_head() if self.manifest.fidelity == "hidden" else None
         self._added = Additions(self.folder, rank)
         self._apart = False  # whether it is known that packed texts don't see each other
+        #: The teacher's id of each of the student's tokens, where the student's vocabulary was trimmed.
+        self.tokens: Tensor | None = None
 
     @property
     def identity(self) -> dict[str, str]:
@@ -112,7 +114,7 @@ class CachedTeacher:
         Raises:
             CacheError: If a row is not there; says which, and why that may be.
         """
-        view = teacher_view(batch, self.manifest.columns)
+        view = teacher_view(batch, self.manifest.columns, self.tokens)
         mask = present(view, self.manifest.pad) if self.manifest.per_position else None
         asked = pieces(view, self.manifest.pad, whole=mask is None)
         places = self._find(asked)
