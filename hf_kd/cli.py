@@ -26,6 +26,8 @@ hf-kd: distil a Transformers model into a small one, and see what it gained
                                        a file or a recipe; flags beat it
   hf-kd distill --teacher DIR_OR_ID --student DIR_OR_ID --dataset ID_OR_FILE
   hf-kd check ...                      the same options: load, look, train nothing
+  hf-kd shrink --teacher DIR_OR_ID --student_layers 0.5 --output_dir DIR
+                                       a student cut from its teacher, and what it starts from
   hf-kd cache ...                      ask the teacher once, and keep what it says for many students
   hf-kd recipes [NAME]                 list the shipped recipes, or print one
   hf-kd generate --teacher DIR_OR_ID --output_dir DIR --dataset PROMPTS
@@ -58,8 +60,19 @@ teacher_calibration target_correction kd_weighting sparse_estimator
     "Where the teacher is (docs/teachers.md, docs/scaling.md)": """
 teacher_quantization teacher_device_map shard_teacher
 """.split(),
+    "A student cut from the teacher in more than its depth (docs/students.md)": """
+student_layer_choice student_importance student_hidden_size student_num_attention_heads
+student_num_key_value_heads student_intermediate_size student_vocabulary student_max_parameters
+student_max_bytes student_max_latency_ms student_calibration_rows
+""".split(),
     "Evaluation on text that the student generates": """
 predict_with_generate generation_max_length generation_num_beams
+""".split(),
+    "Training the teacher first (with train_teacher)": """
+teacher_epochs teacher_learning_rate teacher_batch_size
+""".split(),
+    "Data whose files, labels or masks are not the usual ones": """
+eval_file test_file column_names problem_type num_labels mlm_probability
 """.split(),
     "Several teachers, or the student's own (docs/teachers.md)": """
 teachers ensemble_weighting ensemble_weights ensemble_temperature ensemble_offload teacher_routes self_teacher
@@ -151,6 +164,24 @@ def generate(argv: list[str]) -> int:
     folder = run(parse_one(GenerateOptions, argv))
     if os.environ.get("RANK", "0") == "0":
         sys.stdout.write(f"{folder}\n")
+    return 0
+
+
+def shrink(argv: list[str]) -> int:
+    """Cut a student from a teacher, save it with its tokenizer, and print what it starts from."""
+    from hf_kd.shrink_options import ShrinkOptions
+
+    if "--help" in argv or "-h" in argv or not argv:
+        lines = ["usage: hf-kd shrink [--config FILE] [--OPTION VALUE ...]     (flags beat the file)", ""]
+        sys.stdout.write("\n".join([*lines, *_option_lines(ShrinkOptions, special=())]) + "\n")
+        return 0
+    _quiet()
+    from hf_kd.config import parse_one
+    from hf_kd.shrink import print_report
+    from hf_kd.shrink import shrink as run
+
+    options = parse_one(ShrinkOptions, argv)
+    print_report(run(options), str(options.output_dir))
     return 0
 
 
@@ -252,6 +283,7 @@ COMMANDS = {
     "cache": cache,
     "recipes": list_recipes,
     "generate": generate,
+    "shrink": shrink,
     "report": make_report,
     "publish": publish_run,
 }
@@ -278,11 +310,12 @@ def help_text(command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _option_lines(cls: type) -> list[str]:
+def _option_lines(cls: type, special: Sequence[str] | None = None) -> list[str]:
     lines = []
-    special = {name for names in SPECIAL.values() for name in names}
-    for field in dataclasses.fields(cls):
-        if field.name in special:
+    hidden = {name for names in SPECIAL.values() for name in names} if special is None else special
+    # What a class shares with others comes after what is its own.
+    for field in sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__):
+        if field.name in hidden:
             continue
         default = "" if field.default is None else f" [{str(field.default).lower()}]"
         lines.append(f"  --{field.name + default:<32} {field.metadata['help']}")

@@ -27,9 +27,13 @@ from hf_kd.losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES
 from hf_kd.losses.named import find
 from hf_kd.losses.vectors import VECTOR_LOSSES
 from hf_kd.options import DistillationOptions, RunOptions, nearest, raise_problems
+from hf_kd.student_options import NAMES as STUDENT_OPTIONS
 
 # A flag for one of these drops what the YAML says about its siblings: they are ways to say the same thing.
-_ALTERNATIVES = (("teacher", "teachers", "teacher_config"), ("student", "student_layers", "student_config"))
+_ALTERNATIVES = (
+    (("teacher",), ("teachers",), ("teacher_config",)),
+    (("student",), STUDENT_OPTIONS, ("student_config",)),
+)
 # What other programs call an option.
 _ELSEWHERE = {
     "lr": "learning_rate",
@@ -215,9 +219,10 @@ def parse(argv: Sequence[str]) -> tuple[RunOptions, DistillationArguments]:
         config = recipes.DEFAULT
     if config is not None:
         values = _read_yaml(parser, config)
-        for group in _ALTERNATIVES:
-            if given & set(group):
-                values = {name: value for name, value in values.items() if name not in group}
+        for ways in _ALTERNATIVES:
+            if any(given & set(way) for way in ways):
+                dropped = {name for way in ways if not given & set(way) for name in way}
+                values = {name: value for name, value in values.items() if name not in dropped}
         parser.set_defaults(**values)
     namespace, unknown = parser.parse_known_args(flags)
     _refuse_unknown(parser, unknown)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from hf_kd.student_options import StudentOptions
+
 SCHEDULE_NAMES = ("constant", "linear", "cosine")
 SUPERVISE_NAMES = ("auto", "all")
 LAYER_MAP_NAMES = ("auto", "even", "last", "skip")
@@ -267,7 +269,7 @@ class DistillationOptions:
 
 
 @dataclass(kw_only=True)
-class RunOptions:
+class RunOptions(StudentOptions):
     """Models and data of one run from the command line; the Python API takes objects instead."""
 
     teacher: str | None = _option(None, "Hub id or directory of the teacher")
@@ -275,7 +277,6 @@ class RunOptions:
         None, "instead: several, averaged or routed; the first is compared with, and cut"
     )
     student: str | None = _option(None, "Hub id or directory of a student")
-    student_layers: int | None = _option(None, "or: a student cut from the teacher, with this many layers")
     student_config: dict[str, Any] | str | None = _option(
         None, """or: a fresh one, like the teacher but for this JSON"""
     )
@@ -326,19 +327,23 @@ class RunOptions:
 
     def run_problems(self) -> list[str]:
         """Every problem of these options, each with the option's name, its value and the fix."""
-        found = self._several_problems()
+        found = self._several_problems() + self.student_problems()
         if self.teacher and self.teacher_config:
             found.append(f"teacher={self.teacher!r} and teacher_config={self.teacher_config}: keep one")
         if not self.teacher and not self.teacher_config:
             found.append("teacher is not set: give a directory or Hub id, or teacher_config for a new one")
         if self.teacher_config and not self.train_teacher:
             found.append("train_teacher=False leaves the new teacher untrained: set train_teacher=true")
-        students = {n: getattr(self, n) for n in ("student", "student_layers", "student_config")}
+        students = {"student": self.student, **dict(list(self.cuts.items())[:1])}
+        students["student_config"] = self.student_config
         given = [f"{name}={value!r}" for name, value in students.items() if value is not None]
         if len(given) > 1:
             found.append(f"{' and '.join(given)} name different students: keep one")
         if not given:
-            found.append("no student: set student (id or directory), student_layers or student_config")
+            found.append(
+                "no student: set student (id or directory), student_layers or another size of a cut of the "
+                "teacher, or student_config"
+            )
         if not self.dataset:
             found.append("dataset is not set: give a Hub id, a directory, a file, or builtin:digits")
         for name in _POSITIVE:
@@ -427,7 +432,6 @@ class GenerateOptions:
 
 
 _POSITIVE = (
-    "student_layers",
     "teacher_epochs",
     "teacher_learning_rate",
     "teacher_batch_size",

@@ -12,8 +12,10 @@ from typing import Any
 
 from datasets import DatasetDict
 from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedModel
 
+from hf_kd import cutting, student_options
 from hf_kd.config import DistillationArguments
 from hf_kd.data.labels import describe_labels
 from hf_kd.data.prepare import Prepared, prepare
@@ -23,7 +25,7 @@ from hf_kd.fresh import build_model, fresh_student
 from hf_kd.loading import check_path, load_model, task_of_checkpoint
 from hf_kd.options import RunOptions, as_mapping, raise_problems, without_features
 from hf_kd.records import write_text
-from hf_kd.students import init_student
+from hf_kd.students.memory import VOCABULARY
 from hf_kd.tasks import TASKS
 from hf_kd.teachers.quantise import loading_options
 from hf_kd.trainer import DistillationTrainer
@@ -42,7 +44,8 @@ _ALONE: dict[str, Any] = {
 }
 # Options that have no say in what a trained teacher becomes.
 _NOT_THE_TEACHERS = (
-    "student student_layers student_config control metrics test_split test_file max_eval_samples".split()
+    *"student student_config control metrics test_split test_file max_eval_samples".split(),
+    *student_options.NAMES,
 )
 _OF_TRAINING = """
 num_train_epochs max_steps learning_rate per_device_train_batch_size gradient_accumulation_steps warmup_steps
@@ -120,8 +123,14 @@ def load(run: RunOptions, args: DistillationArguments) -> Setting:
             )
 
     teacher_data = prepared(teacher, teacher_processor, None)
-    student = load_student(run, args, teacher)
+    vocab = None
+    if run.cuts:
+        with args.main_process_first(desc="the student's tokens"):
+            processor, vocab = cutting.trimmed(run, teacher_processor, teacher_data)
+    student = load_student(run, args, teacher, teacher_data, vocab, console)
     same = processor is teacher_processor and _labels(student) == _labels(teacher)
+    # A trimmed student's ids are turned into the teacher's, which needs no columns of its own.
+    beside = None if cutting.is_trimmed(student) else teacher_processor
     return Setting(
         run=run,
         args=args,
@@ -130,7 +139,7 @@ def load(run: RunOptions, args: DistillationArguments) -> Setting:
         student=student,
         processor=processor,
         teacher_processor=teacher_processor,
-        data=teacher_data if same else prepared(student, processor, teacher_processor),
+        data=teacher_data if same else prepared(student, processor, beside),
         teacher_data=teacher_data,
         others=other_teachers(run, args),
         untrained=run.train_teacher and left is None,
@@ -263,7 +272,9 @@ def with_trained_teacher(setting: Setting) -> Setting:
     trainer.accelerator.wait_for_everyone()
     teacher = left_teacher(run, args)
     assert teacher is not None
-    return replace(setting, teacher=teacher, student=load_student(run, args, teacher), untrained=False)
+    vocab = getattr(setting.student.config, VOCABULARY, None) if run.cuts else None
+    student = load_student(run, args, teacher, setting.teacher_data, vocab, setting.console)
+    return replace(setting, teacher=teacher, student=student, untrained=False)
 
 
 def teacher_arguments(run: RunOptions, args: DistillationArguments) -> DistillationArguments:
@@ -330,13 +341,21 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def load_student(run: RunOptions, args: DistillationArguments, teacher: PreTrainedModel) -> PreTrainedModel:
-    """The student: a checkpoint of its own, a cut of the teacher's layers, or a fresh one of other sizes."""
-    if run.student_layers is not None:
-        try:
-            return init_student(teacher, num_layers=run.student_layers)
-        except ValueError as error:
-            raise ValueError(f"student_layers={run.student_layers}: {error}") from error
+def load_student(
+    run: RunOptions,
+    args: DistillationArguments,
+    teacher: PreTrainedModel,
+    data: Prepared,
+    vocab: list[int] | None,
+    console: Console,
+) -> PreTrainedModel:
+    """The student: a checkpoint of its own, a cut of the teacher, or a fresh one of other sizes."""
+    if run.cuts:
+        with cutting.overheard() as said:
+            batches = cutting.calibration(run, data, seed=args.seed)
+            student = cutting.cut(run, teacher, batches=batches, vocab=vocab, seed=args.seed)
+        console.print(Text("\n".join(said), style="dim"))
+        return student
     if run.student_config is not None:
         return fresh_student(teacher, as_mapping(run.student_config), seed=args.seed)
     loading: dict[str, Any] = {

@@ -268,3 +268,23 @@ def test_a_run_uploads_no_checkpoints_with_their_neighbours(texts, tmp_path):
     args.push_to_hub, args.hub_strategy = True, HubStrategy.CHECKPOINT
     with pytest.raises(ValueError, match="hub_strategy='checkpoint' uploads checkpoints.*hub_strategy='end'"):
         runs.distill(run, args)
+
+
+def test_losses_on_layers_from_flags_and_from_yaml(texts, tmp_path):
+    """Each weight and its options, pairs of layers too: the same from flags and from the file they leave."""
+    weights = {"hidden": 1.0, "attention": 0.5, "relation": 0.25, "embedding": 0.1, "last_hidden": 0.2}
+    flags = [word for name, value in weights.items() for word in (f"--{name}_weight", str(value))]
+    more = "--relations qq,vv --relation_heads 2 --hidden_loss mse --attention_loss mse --no_control"
+    pairs = ["--layer_map", '{"0": 1, "-1": "-1"}', "--logging_steps", "1"]
+    first = runs.distill(*text_run(texts, tmp_path / "a", *flags, *more.split(), *pairs))
+    logged = {name: row[name] for row in first.training for name in row if name.startswith("loss_")}
+    assert {f"loss_{name}" for name in weights} <= logged.keys()
+    assert all(logged[f"loss_{name}"] > 0 for name in weights)
+    again = parse(
+        ["--config", str(tmp_path / "a" / "distillation.yaml"), "--output_dir", str(tmp_path / "b")]
+    )
+    assert again[1].layer_map == {"0": 1, "-1": "-1"} and again[1].relations == "qq,vv"
+    second = runs.distill(*again)
+    assert [{k: v for k, v in row.items() if "loss" in k} for row in second.training] == [
+        {k: v for k, v in row.items() if "loss" in k} for row in first.training
+    ]

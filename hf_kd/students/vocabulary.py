@@ -23,7 +23,7 @@ ID_COLUMNS = ("input_ids", "decoder_input_ids", "labels")
 
 
 def trim_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, ids: Iterable[Iterable[int]] = ()
 ) -> tuple[PreTrainedTokenizerFast, list[int]]:
     """A tokenizer of the tokens that some texts use.
 
@@ -33,6 +33,7 @@ def trim_vocabulary(
     Args:
         tokenizer: A fast tokenizer whose model is WordPiece, BPE or Unigram.
         texts: The corpus.
+        ids: More of it, that the tokenizer has cut already.
 
     Returns:
         The new tokenizer, which cuts the texts into the same tokens, and for each of its ids the id of that
@@ -50,7 +51,7 @@ def trim_vocabulary(
         raise ValueError(f"a tokenizer of kind {kind!r} is not known: use one of {', '.join(_TRIM)}")
     vocab = tokenizer.get_vocab()
     added = {entry["content"] for entry in state["added_tokens"]}
-    used: set[int] = set()
+    used: set[int] = {i for row in ids for i in row}
     for text in texts:
         used.update(tokenizer(text)["input_ids"])
     tokens = {token for token, i in vocab.items() if i in used or token in added or _is_small(token, kind)}

@@ -1,0 +1,68 @@
+"""What `hf-kd shrink` makes, from which teacher, and where it goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from hf_kd.options import DTYPE_NAMES, RunOptions, _option, raise_problems
+from hf_kd.student_options import TRAINING_ROWS, StudentOptions
+
+
+@dataclass(kw_only=True)
+class ShrinkOptions(StudentOptions):
+    """A teacher, how a student is cut from it, and the data on which that is measured."""
+
+    teacher: str | None = _option(None, "Hub id or directory of the teacher")
+    teacher_revision: str | None = _option(None, "its branch, tag or commit on the Hub")
+    teacher_dtype: str | None = _option(None, "dtype of both (default: its checkpoint's)")
+    trust_remote_code: bool = _option(False, "run model code that comes with its checkpoint")
+    task: str | None = _option(None, "e.g. causal-lm (default: from the teacher's class)")
+    processor: str | None = _option(None, "tokenizer or image processor (default: the teacher's)")
+    output_dir: str | None = _option(None, "folder of the student: model, processor, shrink.json")
+    overwrite: bool = _option(False, "write into a folder that is not empty")
+    dataset: str | None = _option(None, "rows to measure on: Hub id, directory, file, builtin:digits")
+    dataset_config: str | None = _option(None, "configuration of a Hub dataset, e.g. sst2 of glue")
+    train_split: str = _option("train", "split of the rows")
+    text_columns: list[str] | None = _option(None, "input columns (default: by task)")
+    label_column: str | None = _option(None, "column of the labels (default: by task)")
+    max_length: int | None = _option(None, "tokens an example is cut to, or the block length of an LM")
+    batch_size: int = _option(16, "rows of a calibration batch")
+    seed: int = _option(0, "of the random start that the student is compared with")
+
+    def validate(self) -> None:
+        """Raise one `ValueError` that lists every problem of these options."""
+        found = self.student_problems()
+        for name, what in (("teacher", "a directory or Hub id"), ("output_dir", "a folder")):
+            if not getattr(self, name):
+                found.append(f"{name} is not set: give {what}")
+        if not self.cuts:
+            found.append(
+                "nothing is cut: set student_layers=0.5, student_max_parameters=0.25 or another size"
+            )
+        if self.batch_size < 1:
+            found.append(f"batch_size={self.batch_size} is below 1: set e.g. 16")
+        if self.max_length is not None and self.max_length < 1:
+            found.append(f"max_length={self.max_length} is not positive: set it above 0 or leave it out")
+        if self.teacher_dtype not in (*DTYPE_NAMES, None):
+            known = ", ".join(DTYPE_NAMES)
+            found.append(f"teacher_dtype={self.teacher_dtype!r} is not known: use one of {known}")
+        if not self.dataset:
+            found += self._missing_data()
+        raise_problems(found)
+
+    def _missing_data(self) -> list[str]:
+        needs = {
+            "student_layer_choice='importance'": self.student_layer_choice == "importance",
+            f"student_vocabulary={TRAINING_ROWS!r}": self.student_vocabulary == TRAINING_ROWS,
+            f"student_calibration_rows={self.student_calibration_rows}": bool(self.student_calibration_rows),
+        }
+        return [f"{name} needs rows: set dataset" for name, needed in needs.items() if needed]
+
+    def run_options(self) -> RunOptions:
+        """The same as options of a run, for what loads models and data."""
+        names = {spec.name for spec in fields(RunOptions)} & {spec.name for spec in fields(self)}
+        run = RunOptions(**{name: getattr(self, name) for name in names})
+        rows = self.calibration_rows or None
+        if self.student_vocabulary == TRAINING_ROWS:
+            rows = None  # all of them, for their tokens
+        return replace(run, max_train_samples=rows, max_eval_samples=1, control=False)
