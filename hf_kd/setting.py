@@ -353,9 +353,9 @@ def load_student(
     if run.cuts:
         with cutting.overheard() as said:
             batches = cutting.calibration(run, data, seed=args.seed)
-            student = cutting.cut(run, teacher, batches=batches, vocab=vocab, seed=args.seed)
+            made = cutting.cut(run, teacher, batches=batches, vocab=vocab, seed=args.seed)
         console.print(Text("\n".join(said), style="dim"))
-        return student
+        return made
     if run.student_config is not None:
         return fresh_student(teacher, as_mapping(run.student_config), seed=args.seed)
     loading: dict[str, Any] = {

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from hf_kd.cli import SPECIAL, TRAINING
 from hf_kd.config import DistillationArguments
 from hf_kd.options import DistillationOptions, GenerateOptions, RunOptions
+from hf_kd.shrink_options import ShrinkOptions
 
 _INTRO = """# Options
 
@@ -81,12 +82,12 @@ def page() -> str:
     parts = [_INTRO + "\n".join(changed)]
     parts += ["## Distillation", "\n".join(_rows(DistillationOptions, plain))]
     for title, names in SPECIAL.items():
+        heading = f"## {_title(title)}"
         for cls in (DistillationOptions, RunOptions):
             own = [name for name in names if name in {field.name for field in dataclasses.fields(cls)}]
-            if own and cls is DistillationOptions:
-                parts += [f"## {_title(title)}", "\n".join(_rows(cls, own))]
-            elif own:
-                parts += ["On the command line:", "\n".join(_rows(cls, own))]
+            if own:
+                parts += [heading, "\n".join(_rows(cls, own))]
+                heading = "On the command line:"
     parts += ["## Models and data of the command line", "\n".join(_rows(RunOptions, run))]
     parts += [
         "## Training",
@@ -95,6 +96,9 @@ def page() -> str:
         + ". `hf-kd distill --help-all` describes all of them.",
         "## `hf-kd generate`",
         "\n".join(_rows(GenerateOptions, [field.name for field in dataclasses.fields(GenerateOptions)])),
+        "## `hf-kd shrink`",
+        "And all options of a run that begin with `student_`.",
+        "\n".join(_rows(ShrinkOptions, list(ShrinkOptions.__annotations__))),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -42,9 +42,10 @@ def teacher_view(
         tokens: The teacher's id of each of the student's tokens, where the student has not all of them.
     """
     found = {name: batch.get(TEACHER_PREFIX + name, batch.get(name)) for name in columns}
-    for name in SIDES if tokens is not None else ():
-        if isinstance(found.get(name), Tensor) and TEACHER_PREFIX + name not in batch:
-            found[name] = tokens.to(found[name].device)[found[name]]
+    for name in SIDES:
+        ids = found.get(name)
+        if tokens is not None and isinstance(ids, Tensor) and TEACHER_PREFIX + name not in batch:
+            found[name] = tokens.to(ids.device)[ids]
     if DECODED in batch and found.get("decoder_attention_mask") is None:
         found["decoder_attention_mask"] = batch[DECODED]
     return {name: value for name, value in found.items() if isinstance(value, Tensor) and value.ndim > 0}
