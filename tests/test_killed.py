@@ -5,6 +5,7 @@ By hand, for other numbers: `python -m tests.test_killed 10`.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -18,11 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from hf_kd import DistillationArguments, DistillationTrainer
-from hf_kd.run import _checkpoint
 from hf_kd.teachers import CachedTeacher, EMATeacher, ModelTeacher
 from hf_kd.teachers.cache import adding
 from hf_kd.teachers.cache.store import check_shard, read_shards
 
+from . import cached
 from .heads import HEADS, Collator, models, rows_of
 from .test_cached import write
 
@@ -59,10 +60,21 @@ def train(folder: Path, name: str) -> None:
         train_dataset=ROWS,
         data_collator=Collator(HEAD),
     )
-    trainer.train(resume_from_checkpoint=_checkpoint("true", folder / "out"))
+    trainer.train(resume_from_checkpoint=newest_whole(folder / "out"))
     if isinstance(trainer.teacher, EMATeacher):
         trainer.teacher.save(folder)
     trainer.save_model(str(folder / "student"))
+
+
+def newest_whole(out: Path) -> str | None:
+    """The last checkpoint that was finished: Trainer writes its state last."""
+    for path in sorted(out.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        try:
+            if json.loads((path / "trainer_state.json").read_text())["global_step"] > 0:
+                return str(path)
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def quietly(folder: Path, name: str) -> None:
@@ -134,8 +146,26 @@ def test_killed_while_training(tmp_path: Path) -> None:
     compare(tmp_path, "cache")
 
 
+def killed_writer(folder: Path, times: int, seed: int) -> int:
+    """The same of a process that writes a cache and does nothing else; the files are equal byte for byte."""
+    chance, count = random.Random(seed), 0
+    whole = cached.write(folder / "whole")
+    for _ in range(times):
+        process = FORK.Process(target=cached.write, args=(folder / "killed",), kwargs={"delay": 0.05})
+        process.start()
+        process.join(chance.uniform(0.02, 0.5))
+        count += process.is_alive()
+        process.kill()
+        process.join()
+    assert cached.contents(cached.write(folder / "killed")) == cached.contents(whole)
+    return count
+
+
 def main(times: int) -> None:
     """The same, as often as is asked for, with what happened."""
+    with tempfile.TemporaryDirectory() as folder:
+        count = killed_writer(Path(folder), times, seed=1)
+    sys.stdout.write(f"writing: killed {count} of {times} times; the same files\n")
     for name in CASES:
         with tempfile.TemporaryDirectory() as folder:
             count, steps = killed(Path(folder), name, times, seed=1)
