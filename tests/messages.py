@@ -119,6 +119,7 @@ COMMANDS = [
     "check --teacher my-finetuned-bert --student_layers 2 --dataset empty.csv",
     "check --teacher my-finetuned-bert --student_layers 2 --dataset notes.docx",
     "check --teacher my-finetuned-bert --student_layers 2 --dataset other.csv",
+    "check --teacher my-finetuned-bert --student_layers 2 --dataset semicolons.csv",
     "check --teacher my-causal-lm --student_layers 2 --dataset short.txt --max_length 64",
     f"check {RUN} --teacher_cache nowhere",
     f"distill {RUN} --eval_split dev",
@@ -276,6 +277,7 @@ def collect(folder: Path) -> dict[str, str]:
     (folder / "other.csv").write_text(
         "text,label\n" + "good film,great\nbad film,awful\n" * 9, encoding="utf-8"
     )
+    (folder / "semicolons.csv").write_text("text;label\ngood film;positive\n" * 4, encoding="utf-8")
     (folder / "short.txt").write_text("good film\n", encoding="utf-8")
     (folder / "notes.docx").write_text("good film\n", encoding="utf-8")
     found = {f"hf-kd {line}": of_command(line) for line in COMMANDS}

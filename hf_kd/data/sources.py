@@ -191,6 +191,13 @@ def _names_without_header(path: Path, tabs: bool) -> list[str] | None:
     with path.open(encoding="utf-8", newline="") as lines:
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines)
         cells = next(iter(reader), [])
+    other = next((mark for mark in ";\t|" if len(cells) == 1 and mark in cells[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"dataset: the first line of {str(path)!r} is one column, {cells[0]!r}: it seems to be separated "
+            f"by {other!r}. Write it with {'tabs' if tabs else 'commas (or tabs, as .tsv)'}, or set "
+            "column_names"
+        )
     numbers = [re.fullmatch(r"[+-]?\d+(\.\d*)?", cell.strip()) is not None for cell in cells]
     if not any(numbers):
         return None
