@@ -89,6 +89,8 @@ def test_a_servers_list_has_no_draws(model: Any, tmp_path: Path, caplog: pytest.
             run(url, tmp_path / "out", **options, sparse_estimator="draws")
         with pytest.raises(CacheError, match="entries.*: 6.*entries.*: 5"):
             run(url, tmp_path / "out", **options, server_top_k=5)
+        with pytest.raises(ValueError, match="server_top_k=300, but teacher_cache=.*can hold 61 tokens"):
+            run(url, tmp_path / "out", **options, server_top_k=300)
         with pytest.raises(CacheError, match="teacher weights: the cache has"):
             run(url, tmp_path / "out", **{**options, "server_model": "another", "cache_miss": "error"})
 

@@ -181,6 +181,12 @@ def _from_cache(
     if teacher is not None and (name is None or asked or is_address(name)):
         live = _live(teacher, task, args, student=student, processor=processor, place=asked)
     if asked and isinstance(live, ServedTeacher):
+        most = min(255, live.vocab_size or 255)
+        if live.top_k > most:
+            raise ValueError(
+                f"server_top_k={live.top_k}, but teacher_cache={args.teacher_cache!r} can hold {most} tokens "
+                f"a position at most: set server_top_k={most}"
+            )
         # All that is to be known of its answers is known before it is asked.
         start_cache(
             str(args.teacher_cache),

@@ -128,7 +128,8 @@ class CachedTeacher:
             self._ask(batch, mask, missing)
         rows = [self._row(piece.key, place) for piece, place in zip(asked, places, strict=True)]
         lengths = [len(next(iter(row.values()))) for row in rows]
-        expected = [1 if mask is None else len(piece.positions(mask)) for piece in asked]
+        there = [1] * len(rows) if mask is None else mask.sum(-1).tolist()
+        expected = [there[p.row] if p.stop is None else p.stop - p.start for p in asked]
         if lengths != expected:
             i = next(i for i, (a, b) in enumerate(zip(lengths, expected, strict=True)) if a != b)
             raise CacheError(
