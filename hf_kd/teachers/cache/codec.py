@@ -135,9 +135,11 @@ class SparseCodec:
         certain = data[:, 0].astype(np.int64)
         if certain.size and certain.max() > self.entries:
             raise ValueError(f"{certain.max()} certain entries of {self.entries}: damaged bytes")
-        found = torch.from_numpy(ids.astype(np.int32)).long()
+        found = torch.from_numpy(ids.astype(np.int64))
+        if ids.size and ids.max() == self.classes:
+            found = found.masked_fill(found == self.classes, -1)
         return SparseSignal(
-            ids=found.masked_fill(found == self.classes, -1),
+            ids=found,
             log_probs=_nats(data[:, _HEAD + self._id_bytes :], self.bits),
             log_tail=_nats(data[:, 1:3], 16).squeeze(-1),
             temperature=self.temperature,

@@ -182,6 +182,8 @@ def _spread(values: Tensor, mask: Tensor | None, fill: float) -> Tensor:
     """`[positions, ...]` to `[B, L, ...]` at the places of the mask."""
     if mask is None:
         return values
+    if len(values) == mask.numel():
+        return values.unflatten(0, mask.shape)  # no padding
     out = values.new_full((*mask.shape, *values.shape[1:]), fill)
     out[mask] = values
     return out
