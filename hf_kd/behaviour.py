@@ -57,6 +57,23 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class PositionKL:
+    """KL to the teacher on a stretch of the sequence.
+
+    Attributes:
+        first: Its first token, from 0.
+        last: Its last one.
+        kl: By arm, mean KL(teacher || arm) at T = 1 over the supervised tokens there, in nats.
+        count: Such tokens.
+    """
+
+    first: int
+    last: int
+    kl: dict[str, float]
+    count: int
+
+
+@dataclass(frozen=True)
 class Behaviour:
     """How the student answers the evaluation rows beside its teacher.
 

@@ -35,7 +35,9 @@ _PIPELINES = {
 }
 
 
-def write_card(results: Results, run: RunOptions, folder: Path, *, name: str | None = None) -> Path:
+def write_card(
+    results: Results, run: RunOptions, folder: Path, *, name: str | None = None, script: bool = False
+) -> Path:
     """Write `README.md`, the card of the student in a folder.
 
     Args:
@@ -43,6 +45,7 @@ def write_card(results: Results, run: RunOptions, folder: Path, *, name: str | N
         run: Its models and data; what is a path of this machine is not named in the card.
         folder: Where the student is.
         name: The student's repository; default: the folder's name.
+        script: Whether a script made it, whose models and data `distillation.yaml` does not name.
 
     Returns:
         The file.
@@ -67,7 +70,8 @@ def write_card(results: Results, run: RunOptions, folder: Path, *, name: str | N
             teacher=teacher or "a teacher that is not on the Hub",
             control="control" in results.arms,
             repository=Markup(repository),  # a name of letters, digits, dots, dashes and slashes
-            auto_class=TASKS[results.task].auto_class,
+            script=script,
+            auto_class=TASKS[results.task].auto_class if results.task in TASKS else "AutoModel",
             processor_class="AutoTokenizer"
             if (folder / "tokenizer_config.json").is_file()
             else "AutoProcessor",

@@ -2,82 +2,43 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from hf_kd import curves
+from hf_kd.drawing import COLOURS, INK, MARKERS, OTHER_MARKERS, OTHERS, new_figure, style
 from hf_kd.results import Results
 
-# Okabe and Ito's colours, which people tell apart whatever their colour vision; the arms differ in shape too.
-_COLOURS = {"teacher": "#0072B2", "student": "#D55E00", "control": "#009E73"}
-_OTHERS = ("#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = {"teacher": "s", "student": "o", "control": "^"}
-# Stands for the page's own text colour until the SVG is written.
-_INK = "#010203"
-_WIDTH, _HEIGHT = 5.4, 3.3
+# More slices than this are in the table alone.
+_MOST_SLICES = 24
 
 
 def charts(results: Results) -> dict[str, Figure]:
     """Every chart that the results have the numbers for, by name, in reading order."""
     made: dict[str, Figure] = {}
     for name, draw in _CHARTS.items():
-        with _style():
+        with style():
             figure = draw(results)
         if figure is not None:
             made[name] = figure
     return made
 
 
-def svg(figure: Figure, name: str) -> str:
-    """A chart as SVG text that takes its ink from the page around it; the same bytes for the same results."""
-    out = io.StringIO()
-    # The salt keeps the ids of several charts on one page apart.
-    with _style({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :].replace(_INK, "currentColor")
-
-
-def save_png(figure: Figure, path: Path) -> Path:
-    """Write a chart as PNG, black on white."""
-    with _style():
-        figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
-    return path
-
-
 def colour(results: Results, arm: str) -> str:
     """The colour of an arm in every chart."""
-    further = [name for name in results.arms if name not in _COLOURS]
-    return _COLOURS.get(arm) or _OTHERS[further.index(arm) % len(_OTHERS)]
+    further = [name for name in results.arms if name not in COLOURS]
+    return COLOURS.get(arm) or OTHERS[further.index(arm) % len(OTHERS)]
 
 
-def _style(more: Mapping[str, Any] | None = None) -> AbstractContextManager[None]:
-    inked = ("text.", "axes.edge", "axes.label", "xtick.", "ytick.")
-    settings: dict[Any, Any] = {
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-        "figure.constrained_layout.use": True,
-    }
-    settings.update({f"{name}color": _INK for name in inked})
-    settings.update(more or {})
-    return matplotlib.rc_context(settings)
-
-
-def _figure(height: float = _HEIGHT) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height))
-    return figure, figure.add_subplot()
+def marker(results: Results, arm: str) -> str:
+    """The shape of an arm in every chart."""
+    further = [name for name in results.arms if name not in MARKERS]
+    return MARKERS.get(arm) or OTHER_MARKERS[further.index(arm) % len(OTHER_MARKERS)]
 
 
 def _quality(results: Results) -> Figure | None:
@@ -85,14 +46,14 @@ def _quality(results: Results) -> Figure | None:
     names = [name for name in results.arms if _finite(results.score(name))]
     if len(names) < 2:
         return None
-    figure, axes = _figure(0.9 + 0.45 * len(names))
+    figure, axes = new_figure(0.9 + 0.45 * len(names))
     for row, name in enumerate(reversed(names)):
         error = results.standard_error(name)
         axes.errorbar(
             [results.score(name) or 0.0],
             [row],
             xerr=None if error is None else [error],
-            fmt=_MARKERS.get(name, "D"),
+            fmt=marker(results, name),
             color=colour(results, name),
             markersize=8,
             capsize=4,
@@ -113,17 +74,14 @@ def _cost(results: Results) -> Figure | None:
     if len(scores) < 2 or not all(map(math.isfinite, scores.values())):
         return None
     timed = all(results.arms[name].latency for name in scores)
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for name, score in scores.items():
         arm = results.arms[name]
         cost = arm.latency[0].median_ms if timed else arm.parameters / 1e6
         axes.plot(
-            [cost], [score], _MARKERS.get(name, "D"), color=colour(results, name), markersize=9, label=name
+            [cost], [score], marker(results, name), color=colour(results, name), markersize=9, label=name
         )
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    logarithmic(axes)
     what = "latency of a batch (ms, median)" if timed else "millions of parameters"
     axes.set_xlabel(f"{what}, logarithmic")
     axes.set_ylabel(results.primary_metric or "")
@@ -133,61 +91,18 @@ def _cost(results: Results) -> Figure | None:
     return figure
 
 
-def _loss(results: Results) -> Figure | None:
-    """Every term of the training loss."""
-    names = {"loss": "loss", **{n: n for row in results.training for n in row if n.startswith("loss_")}}
-    return _curves(results, names, "training loss", threshold=False)
-
-
-def _kl(results: Results) -> Figure | None:
-    """KL to the teacher at each evaluation, and the threshold."""
-    names = {n: n for row in results.training for n in row if n.startswith("eval_") and n.endswith("_kl")}
-    return _curves(results, names, "KL to the teacher, T = 1 (nats)", threshold=True)
-
-
-def _schedules(results: Results) -> Figure | None:
-    """Learning rate, and what else moved."""
-    return _curves(results, {"learning_rate": "learning rate"}, "learning rate", threshold=False)
-
-
-def _curves(results: Results, names: Mapping[str, str], label: str, *, threshold: bool) -> Figure | None:
-    palette = [*_COLOURS.values(), *_OTHERS]
-    drawn = []
-    for name, shown in names.items():
-        points = [(row["step"], row[name]) for row in results.training if name in row and "step" in row]
-        points = [(step, value) for step, value in points if math.isfinite(value)]
-        if len(points) > 1:
-            drawn.append((shown, points))
-    if not drawn:
-        return None
-    figure, axes = _figure()
-    for (shown, points), ink, line in zip(drawn, palette, ("-", "--", "-.", ":", "-", "--"), strict=False):
-        axes.plot(*zip(*points, strict=True), line, color=ink, label=shown, linewidth=1.8)
-    options = results.provenance.get("options") or {}
-    limit = options.get("kl_threshold") if isinstance(options, dict) else None
-    if threshold and isinstance(limit, int | float):
-        axes.axhline(limit, color=_INK, linestyle=":", label=f"threshold {limit:g}")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel(label)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.25)
-    if len(axes.lines) > 1:
-        axes.legend(loc="best")
-    return figure
-
-
 def _calibration(results: Results) -> Figure | None:
     """How often an arm is right against how sure it is."""
     curves = results.behaviour.calibration if results.behaviour else {}
     if not curves:
         return None
-    figure, axes = _figure(3.8)
-    axes.plot([0, 1], [0, 1], ":", color=_INK, linewidth=1)
+    figure, axes = new_figure(4.2)
+    axes.plot([0, 1], [0, 1], ":", color=INK, linewidth=1)
     for name, curve in curves.items():
         axes.plot(
             curve.confidence,
             curve.accuracy,
-            marker=_MARKERS.get(name, "D"),
+            marker=marker(results, name),
             color=colour(results, name),
             label=f"{name}, ECE {curve.ece:.3f}",
             linewidth=1.4,
@@ -197,7 +112,7 @@ def _calibration(results: Results) -> Figure | None:
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, 1.02)
     axes.grid(alpha=0.25)
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return figure
 
 
@@ -209,7 +124,7 @@ def _agreement(results: Results) -> Figure | None:
     counts = np.array(matrix, dtype=float)
     share = counts / counts.sum(1, keepdims=True).clip(1)
     classes = results.behaviour.classes
-    figure, axes = _figure(min(7.0, 2.2 + 0.3 * len(classes)))
+    figure, axes = new_figure(min(7.0, 2.2 + 0.3 * len(classes)))
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     ticks = [name if len(name) <= 14 else f"{name[:13]}…" for name in classes]
     axes.set_xticks(range(len(ticks)), ticks, rotation=45 if max(map(len, ticks)) > 3 else 0, ha="center")
@@ -224,6 +139,69 @@ def _agreement(results: Results) -> Figure | None:
     return figure
 
 
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic x axis with numbers that a person would write."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _positions(results: Results) -> Figure | None:
+    """KL to the teacher along the sequence."""
+    if len(results.positions) < 2:
+        return None
+    figure, axes = new_figure()
+    for name in results.positions[0].kl:
+        axes.plot(
+            [(part.first + part.last) / 2 for part in results.positions],
+            [part.kl[name] for part in results.positions],
+            marker=marker(results, name),
+            color=colour(results, name),
+            label=name,
+            linewidth=1.6,
+        )
+    axes.set_xlabel("position in the sequence (tokens)")
+    axes.set_ylabel("KL to the teacher (nats)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="best")
+    return figure
+
+
+def _slices(results: Results) -> Figure | None:
+    """Each arm's quality on each slice, with its 95 % interval."""
+    shown = results.slices[:_MOST_SLICES]
+    if not shown:
+        return None
+    figure, axes = new_figure(0.9 + 0.42 * len(shown))
+    names = list(shown[0].scores)
+    for place, name in enumerate(names):
+        for row, part in enumerate(reversed(shown)):
+            score = part.scores.get(name)
+            if score is None or score.value is None:
+                continue
+            low, high = score.low, score.high
+            known = low is not None and high is not None
+            axes.errorbar(
+                [score.value],
+                [row + 0.22 * ((len(names) - 1) / 2 - place)],
+                xerr=[[score.value - low], [high - score.value]] if known else None,  # type: ignore[operator]
+                fmt=marker(results, name),
+                color=colour(results, name),
+                markersize=5,
+                capsize=2,
+                label=name if row == 0 else None,
+            )
+    ticks = [f"{part.by}: {part.value}"[:28] + f" ({part.rows})" for part in reversed(shown)]
+    axes.set_yticks(range(len(shown)), ticks, fontsize=8)
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.set_xlabel(f"{shown[0].metric}, 95 % interval")
+    axes.grid(axis="x", alpha=0.25)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35 / (0.42 * len(shown)) - 0.08), ncols=3)
+    return figure
+
+
 def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
@@ -231,9 +209,9 @@ def _finite(value: float | None) -> bool:
 _CHARTS: dict[str, Callable[[Results], Figure | None]] = {
     "quality": _quality,
     "cost": _cost,
+    "slices": _slices,
     "calibration": _calibration,
     "agreement": _agreement,
-    "loss": _loss,
-    "kl": _kl,
-    "learning-rate": _schedules,
+    "positions": _positions,
+    **curves.CURVES,
 }

@@ -32,7 +32,8 @@ hf-kd: distil a Transformers model into a small one, and see what it gained
   hf-kd recipes [NAME]                 list the shipped recipes, or print one
   hf-kd generate --teacher DIR_OR_ID --output_dir DIR --dataset PROMPTS
                                        text that a teacher samples, with what it thought of each token
-  hf-kd report DIR                     what a run found, as a table, an HTML page and Markdown with charts
+  hf-kd report DIR [DIR ...]           what runs found, as a table, an HTML page and Markdown with charts
+  hf-kd export DIR --onnx [--int8]     the student of a run for ONNX Runtime, checked and measured
   hf-kd publish DIR REPOSITORY         put the student of a run on the Hub, with its card and report
   hf-kd distill --help                 the options
 
@@ -65,8 +66,8 @@ student_layer_choice student_importance student_hidden_size student_num_attentio
 student_num_key_value_heads student_intermediate_size student_vocabulary student_max_parameters
 student_max_bytes student_max_latency_ms student_calibration_rows
 """.split(),
-    "Evaluation on text that the student generates": """
-predict_with_generate generation_max_length generation_num_beams
+    "Evaluation: on generated text; what the report has besides (docs/report.md)": """
+predict_with_generate generation_max_length generation_num_beams slices term_gradients watts
 """.split(),
     "Training the teacher first (with train_teacher)": """
 teacher_epochs teacher_learning_rate teacher_batch_size
@@ -185,28 +186,46 @@ def shrink(argv: list[str]) -> int:
     return 0
 
 
+REPORT_HELP = """\
+hf-kd report DIR        the folder of a run, or its results.json: prints the table, writes report.html and
+                        report.md there
+hf-kd report DIR DIR ... [--out DIR]     several runs on one task: quality against parameters, latency and
+                        bytes, in sweep.html and sweep.md of the folder --out [.]
+"""
+
+
 def make_report(argv: list[str]) -> int:
-    """Print the table of a finished run, and write it as a page and as Markdown with charts."""
+    """Print the table of a finished run, and write it as a page and as Markdown; several runs on one page."""
     from pathlib import Path
 
-    if len(argv) != 1 or argv[0].startswith("-"):
-        sys.stdout.write(
-            "hf-kd report DIR     the folder of a run, or its results.json: prints the table, writes "
-            "report.html and report.md there\n"
-        )
+    out, given = Path("."), list(argv)
+    if "--out" in given[:-1]:
+        i = given.index("--out")
+        out = Path(given[i + 1])
+        del given[i : i + 2]
+    if not given or any(word.startswith("-") for word in given):
+        sys.stdout.write(REPORT_HELP)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
-    from hf_kd import pages, report
+    from hf_kd import pages, report, sweep
     from hf_kd.results import Results
 
-    path = Path(argv[0])
-    path = path / "results.json" if path.is_dir() else path
     try:
-        results = Results.read(path)
+        if len(given) > 1:
+            combined = sweep.combine([Path(word) for word in given])
+            for run in combined.runs.values():
+                report.print_table(run)
+            sys.stdout.write(f"{combined.verdict}\n")
+            made = sweep.write_pages(combined, out)
+        else:
+            path = Path(given[0])
+            path = path / "results.json" if path.is_dir() else path
+            results = Results.read(path)
+            report.print_table(results)
+            made = [pages.write_html(results, path.parent), pages.write_markdown(results, path.parent)]
     except FileNotFoundError as error:
         return _fail(str(error))
-    report.print_table(results)
-    for made in (pages.write_html(results, path.parent), pages.write_markdown(results, path.parent)):
-        sys.stdout.write(f"{made}\n")
+    for page in made:
+        sys.stdout.write(f"{page}\n")
     return 0
 
 
@@ -226,6 +245,27 @@ def publish_run(argv: list[str]) -> int:
 
     sys.stdout.write(f"{publish(Path(given[0]), given[1], private=private or None)}\n")
     return 0
+
+
+EXPORT_HELP = """\
+hf-kd export DIR --onnx [--int8] [--tolerance X] [--min_agreement X]
+  DIR                 the folder of a run; model.onnx (and model.int8.onnx) go there, and into its report
+  --onnx              write model.onnx, and refuse it if it does not answer as the PyTorch student does
+  --int8              also write model.int8.onnx, its weights in 8 bits
+  --tolerance X       largest difference of a logit, relative to the largest logit if that is above 1 [0.001]
+  --min_agreement X   least share of the decisions that the int8 model must take as the student does [0.9]
+"""
+
+
+def export_run(argv: list[str]) -> int:
+    """Export the student of a finished run to ONNX, check it against PyTorch, and measure it."""
+    if not argv or "--help" in argv or "-h" in argv:
+        sys.stdout.write(EXPORT_HELP)
+        return 0 if argv else 2
+    _quiet()
+    from hf_kd import export
+
+    return export.command(argv)
 
 
 CACHE_HELP = """\
@@ -285,6 +325,7 @@ COMMANDS = {
     "generate": generate,
     "shrink": shrink,
     "report": make_report,
+    "export": export_run,
     "publish": publish_run,
 }
 

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 _MUCH_PADDING = 0.25
 
 # What `evaluate()` returns about itself rather than about the model.
-_RUNTIME = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch"}
+RUNTIME = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch"}
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -128,7 +128,7 @@ def latency(
     if repeats < 5 or warmup < 1:
         raise ValueError(f"repeats is {repeats} and warmup {warmup}: give at least 5 and 1")
     rows, shapes, padding = _describe(batch)
-    devices = {name: _device(model) for name, model in models.items()}
+    devices = {name: device_of(model) for name, model in models.items()}
     if len(set(devices.values())) > 1:
         places = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"models are on different devices ({places}): move them to one with `.to(device)`")
@@ -136,14 +136,14 @@ def latency(
         logger.warning(
             "latency on a batch of which %.0f %% is padding: use rows of one length", 100 * padding
         )
-    calls = {name: _arguments(model, batch, devices[name]) for name, model in models.items()}
+    calls = {name: arguments(model, batch, devices[name]) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     names = list(models)
     with contextlib.ExitStack() as stack:
         # Not inference_mode: buffers that a model makes on the way could not be trained with afterwards.
         stack.enter_context(torch.no_grad())
         for model in models.values():
-            stack.enter_context(_eval_mode(model))
+            stack.enter_context(eval_mode(model))
         for turn in range(warmup + repeats):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
@@ -171,6 +171,7 @@ def measure_arm(
     *,
     latency: Iterable[Latency] = (),
     folder: str | os.PathLike[str] | None = None,
+    peak_memory: int | None = None,
     prefix: str = "eval_",
 ) -> Arm:
     """One arm of the comparison from a model and what `trainer.evaluate()` returned for it.
@@ -181,12 +182,13 @@ def measure_arm(
             left out.
         latency: what `latency` measured, one entry per input shape.
         folder: where the model is saved, for its bytes on disk.
+        peak_memory: what `hf_kd.costs.peak_memory` measured, in bytes.
         prefix: of the names in `evaluation` (the `metric_key_prefix` and "_"); taken off.
     """
     metrics = {
         name.removeprefix(prefix): float(value)
         for name, value in evaluation.items()
-        if name.removeprefix(prefix) not in _RUNTIME and isinstance(value, numbers.Real)
+        if name.removeprefix(prefix) not in RUNTIME and isinstance(value, numbers.Real)
     }
     return Arm(
         eval_kl=metrics.pop("kl", None),
@@ -194,9 +196,17 @@ def measure_arm(
         metrics=metrics,
         parameters=count_parameters(model),
         bytes=model_bytes(model),
-        bytes_on_disk=None if folder is None else saved_bytes(folder),
+        bytes_on_disk=None if folder is None else _bytes_if_saved(folder),
         latency=list(latency),
+        peak_memory=peak_memory,
     )
+
+
+def _bytes_if_saved(folder: str | os.PathLike[str]) -> int | None:
+    try:
+        return saved_bytes(folder)
+    except FileNotFoundError:
+        return None
 
 
 def machine(device: torch.device | str | None = None) -> dict[str, Any]:
@@ -249,11 +259,11 @@ def _is_label(name: str) -> bool:
     return "label" in name or name in ("start_positions", "end_positions")
 
 
-def _arguments(
-    model: nn.Module, batch: Mapping[str, Any] | Tensor, device: torch.device
+def arguments(
+    model: nn.Module, batch: Mapping[str, Any] | Tensor, device: torch.device | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The batch as the positional and keyword arguments of `model`, on its device and in its dtype."""
-    dtype = _dtype(model)
+    device, dtype = device or device_of(model), _dtype(model)
 
     def place(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -297,7 +307,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode for every module, and afterwards each module's own mode again (they can differ)."""
     before = {module: module.training for module in model.modules()}
     model.eval()
@@ -314,7 +324,8 @@ def _spread(times: list[float]) -> dict[str, float]:
     return {"median_ms": median, "iqr_ms": high - low, "p95_ms": p95}
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first weight is; the CPU for one without weights."""
     return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 
 

@@ -127,6 +127,7 @@ class DistillationOptions:
     generation_max_length: int | None = _option(None, "its length in tokens (default: the model's)")
     generation_num_beams: int | None = _option(None, "its number of beams (default: the model's)")
     sparse_estimator: str = _option("auto", "tail of a sparse teacher: auto (measured), tail, draws")
+    term_gradients: int = _option(0, "times a run that the gradient norm of each term is measured and logged")
     fused: str = _option("auto", "loss without [tokens, vocabulary] logits: auto, on, off")
     fused_chunk_mib: int = _option(256, "MiB that the fused loss may use beyond its gradients")
 
@@ -145,6 +146,18 @@ class DistillationOptions:
                 found.append(f"{name}={value} is outside [0, 1]: it is a weight, set e.g. {name}=0.5")
         if self.kl_threshold is not None and not self.kl_threshold > 0.0:
             found.append(f"kl_threshold={self.kl_threshold} is never reached: set a small positive number")
+        if self.term_gradients < 0:
+            found.append(f"term_gradients={self.term_gradients} is below 0: set e.g. 20, or 0 for none")
+        if self.term_gradients and any(getattr(self, f"{name}_weight") > 0 for name in FEATURE_WEIGHTS):
+            found.append(
+                f"term_gradients={self.term_gradients} tells task and distillation apart, but not losses on "
+                "layers: set it to 0, or their weights"
+            )
+        if self.term_gradients and self.self_teacher == "deeper":
+            found.append(
+                f"term_gradients={self.term_gradients} with self_teacher='deeper': one forward is both terms; "
+                "set it to 0"
+            )
         if self.fused_chunk_mib < 1:
             found.append(f"fused_chunk_mib={self.fused_chunk_mib} is below 1: set e.g. 256")
         for name, known in (
@@ -310,6 +323,8 @@ class RunOptions(StudentOptions):
     mlm_probability: float = _option(0.15, "share of tokens that are masked in masked LM")
     max_train_samples: int | None = _option(None, "use only this many training rows")
     max_eval_samples: int | None = _option(None, "use only this many evaluation and test rows")
+    slices: list[str] | None = _option(None, "also report quality by: length, label, or columns of the data")
+    watts: float | None = _option(None, "power that the machine draws, to estimate the energy of the run")
 
     def _several_problems(self) -> list[str]:
         """What is wrong with `teachers`; the first of them becomes `teacher`."""
@@ -439,6 +454,7 @@ _POSITIVE = (
     "max_length",
     "max_train_samples",
     "max_eval_samples",
+    "watts",
 )
 _PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 

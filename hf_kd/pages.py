@@ -10,9 +10,10 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from hf_kd.charts import charts, save_png, svg
+from hf_kd.charts import charts
+from hf_kd.drawing import save_png, svg
 from hf_kd.records import write_text
-from hf_kd.report import comparison, headline, provenance
+from hf_kd.report import comparison, headline, latencies, provenance, slice_table
 from hf_kd.results import Results
 
 HTML_FILE = "report.html"
@@ -24,16 +25,22 @@ _ACTIVE = re.compile(r"([\\`*_{}\[\]<>#|!&])")
 _CAPTIONS = {
     "quality": "Quality on the evaluation rows",
     "cost": "Quality against cost: up and to the left is better",
+    "slices": "Quality on parts of the evaluation rows, with their number",
     "calibration": "Calibration: on the dotted line a model is right as often as it says",
     "agreement": "Rows by the teacher's class and the student's; shade is the share of the teacher's class",
+    "positions": "KL to the teacher along the sequence, T = 1",
     "loss": "Training: every term of the loss",
     "kl": "Evaluation during training: KL to the teacher",
+    "schedules": "Weight of distillation and temperature",
     "learning-rate": "Learning rate",
+    "balance": "Which term moves the weights: norms of the two gradients, weighted as in the loss",
+    "mass": "Share of the distribution on the entries that the teacher gives",
 }
 _SECTIONS = {
     "Quality and cost": ("quality", "cost"),
-    "Behaviour": ("calibration", "agreement"),
-    "Training": ("loss", "kl", "learning-rate"),
+    "Quality by slice": ("slices",),
+    "Behaviour": ("calibration", "agreement", "positions"),
+    "Training": ("loss", "kl", "schedules", "learning-rate", "balance", "mass"),
 }
 
 
@@ -56,11 +63,13 @@ def write_html(results: Results, folder: Path) -> Path:
             sections=[section for section in sections if section["charts"]],
             behaviour=behaviour,
             texts=behaviour is not None and any(d.text for d in behaviour.differences),
-            made=yaml.safe_dump(
-                {"provenance": results.provenance, "machine": results.machine},
-                sort_keys=True,
-                allow_unicode=True,
+            latencies=latencies(results),
+            slices=slice_table(results),
+            made=_yaml(
+                {k: v for k, v in results.provenance.items() if k != "resolved"}
+                | {"machine": results.machine}
             ),
+            resolved=_yaml(results.provenance.get("resolved") or {}),
         )
     )
     path = folder / HTML_FILE
@@ -75,12 +84,14 @@ def write_markdown(results: Results, folder: Path) -> Path:
         (save_png(figure, folder / f"report-{name}.png").name, _CAPTIONS[name])
         for name, figure in charts(results).items()
     ]
-    text = (
-        environment(autoescape=False).get_template(MARKDOWN_FILE).render(**content(results), images=images)
-    )
+    text = environment(autoescape=False).get_template(MARKDOWN_FILE).render(**content(results), images=images)
     path = folder / MARKDOWN_FILE
     write_text(path, text)
     return path
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=True, allow_unicode=True) if value else ""
 
 
 def content(results: Results) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 import yaml
@@ -21,16 +21,27 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from hf_kd.pages import HTML_FILE, write_html
-from hf_kd.records import OPTIONS_FILE
+from hf_kd.records import OPTIONS_FILE, TEACHER_FILE, write_options
 from hf_kd.results import Results
+
+if TYPE_CHECKING:
+    from hf_kd.trainer import DistillationTrainer
 
 RESULTS_FILE = "results.json"
 # Made by Trainer for itself, or written anew for the public.
-_NOT_PUBLIC = ("training_args.bin", OPTIONS_FILE, RESULTS_FILE, HTML_FILE)
+_NOT_PUBLIC = ("training_args.bin", TEACHER_FILE, OPTIONS_FILE, RESULTS_FILE, HTML_FILE)
 _ENDINGS = (".json", ".jinja", ".model", ".safetensors", ".txt", ".md", ".png")
 
 
-def publish(folder: Path, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
+def publish(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    message: str = "A distilled student",
+) -> str:
     """Upload the student in `folder` and what is known about it.
 
     Args:
@@ -38,6 +49,8 @@ def publish(folder: Path, repository: str, *, private: bool | None = None, token
         repository: The id on the Hub, "name" or "owner/name"; made if it does not exist.
         private: Whether a new repository is private; None: the account's default.
         token: Default: the one that this machine is logged in with.
+        revision: The branch; default: the main one.
+        message: Of the commit.
 
     Returns:
         The address of the model.
@@ -54,7 +67,7 @@ def publish(folder: Path, repository: str, *, private: bool | None = None, token
         with tempfile.TemporaryDirectory(dir=folder, prefix=".publish-") as staging:
             gather(folder, Path(staging))
             api.upload_folder(
-                repo_id=address.repo_id, folder_path=staging, commit_message="A distilled student"
+                repo_id=address.repo_id, folder_path=staging, commit_message=message, revision=revision
             )
     except (HfHubHTTPError, httpx2.HTTPError, OfflineModeIsEnabled, OSError) as error:
         raise ValueError(
@@ -62,6 +75,62 @@ def publish(folder: Path, repository: str, *, private: bool | None = None, token
             f"lost: try again with: hf-kd publish {folder} {repository}"
         ) from error
     return str(address)
+
+
+def push(
+    trainer: DistillationTrainer,
+    message: str | None = None,
+    *,
+    blocking: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+) -> str | None:
+    """Publish a trainer's student with its card, report and options; what `trainer.push_to_hub` does.
+
+    All ranks have to call it. The report is the one that `trainer.report` (or `hf-kd distill`) left in
+    `output_dir`; where there is none it is made on the trainer's `eval_dataset`.
+
+    Args:
+        trainer: After training; `hub_model_id` of its arguments names the repository (default: the folder's
+            name), `hub_private_repo` and `hub_token` count too.
+        message: Of the commit.
+        blocking: True alone: files of one commit belong together.
+        token: Instead of `hub_token`.
+        revision: The branch.
+        private: Instead of `hub_private_repo`.
+
+    Returns:
+        The address on rank 0, None on the others.
+
+    Raises:
+        ValueError: If there is no report and none can be made, or the Hub did not take it.
+    """
+    if not blocking:
+        raise ValueError("blocking=False would upload files while they may still change: leave it out")
+    args, folder = trainer.args, trainer.args.folder
+    from transformers import Trainer
+
+    from hf_kd.students import memory
+
+    # Not `trainer.save_model`: where args.push_to_hub is set, that calls this again.
+    with memory.forgotten(getattr(trainer.student, "config", None), wanted=True):
+        Trainer.save_model(trainer, str(folder), _internal_call=True)
+    if args.should_save:
+        write_options(folder, trainer)
+    trainer.accelerator.wait_for_everyone()
+    if not (folder / RESULTS_FILE).is_file():
+        trainer.report()
+    if args.process_index != 0:
+        return None
+    return publish(
+        folder,
+        args.hub_model_id or folder.resolve().name,
+        private=args.hub_private_repo if private is None else private,
+        token=token or args.hub_token,
+        revision=revision or args.hub_revision,
+        message=message or "A distilled student",
+    )
 
 
 def gather(folder: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,15 +13,19 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_kd.results import Arm, Results
+from hf_kd.slices import Interval
 
 # Rows of the table after the task's metrics: a label and how an arm shows it. A row no arm has is left out.
 _ROWS: dict[str, Callable[[Arm], str | None]] = {
-    "KL to teacher (nats)": lambda arm: None if arm.eval_kl is None else _decimal(arm.eval_kl),
+    "KL to teacher (nats)": lambda arm: None if arm.eval_kl is None else decimal(arm.eval_kl),
     "agreement": lambda arm: None if arm.eval_agreement is None else _percent(arm.eval_agreement),
     "parameters": lambda arm: _count(arm.parameters),
-    "MB in memory": lambda arm: _decimal(arm.bytes / 1e6),
-    "MB on disk": lambda arm: None if arm.bytes_on_disk is None else _decimal(arm.bytes_on_disk / 1e6),
+    "MB in memory": lambda arm: decimal(arm.bytes / 1e6),
+    "MB on disk": lambda arm: None if arm.bytes_on_disk is None else decimal(arm.bytes_on_disk / 1e6),
+    "peak MB, forward": lambda arm: None if arm.peak_memory is None else decimal(arm.peak_memory / 1e6),
     "latency (ms ± IQR)": lambda arm: _latency(arm),
+    "latency p95 (ms)": lambda arm: decimal(arm.latency[0].p95_ms) if arm.latency else None,
+    "rows a second": lambda arm: decimal(arm.latency[0].examples_per_second) if arm.latency else None,
 }
 
 # Metrics that describe the data or the teacher and not the arm: in the file, not in the table.
@@ -45,6 +50,8 @@ def print_table(results: Results, console: Console | None = None) -> None:
     for label, said in headline(results):
         console.print(Text.assemble((f"{label + ':':<14}", "bold"), said))
     console.print(Text(results.verdict, style="bold"))
+    if results.slices:
+        console.print(_slice_table(results))
     console.print(Text(provenance(results), style="dim"))
 
 
@@ -100,6 +107,44 @@ def comparison(results: Results, names: Sequence[str]) -> list[Row]:
     return rows
 
 
+def latencies(results: Results) -> list[dict[str, Any]]:
+    """Every input that was timed: its rows and length, and each arm's median, p95 and throughput."""
+    made: dict[tuple[int, int | None], dict[str, tuple[str, str]]] = {}
+    for name, arm in results.arms.items():
+        for seen in arm.latency:
+            cell = (
+                f"{decimal(seen.median_ms)} ms",
+                f"p95 {decimal(seen.p95_ms)} · {decimal(seen.examples_per_second)} rows/s",
+            )
+            made.setdefault((seen.batch_size, seen.length), {})[name] = cell
+    return [
+        {"rows": rows, "length": length, "cells": [cells.get(name, ("–", "")) for name in results.arms]}
+        for (rows, length), cells in sorted(made.items(), key=lambda item: (item[0][1] or 0, item[0][0]))
+    ]
+
+
+def slice_table(results: Results) -> list[dict[str, Any]]:
+    """Every slice with each arm's score and 95 % interval."""
+    return [
+        {
+            "by": part.by,
+            "value": part.value,
+            "rows": part.rows,
+            "metric": part.metric,
+            "cells": [_interval(part.scores.get(name)) for name in results.arms],
+        }
+        for part in results.slices
+    ]
+
+
+def _interval(score: Interval | None) -> tuple[str, str]:
+    if score is None or score.value is None:
+        return "–", ""
+    if score.low is None or score.high is None:
+        return f"{score.value:.3f}", ""
+    return f"{score.value:.3f}", f"{score.low:.3f} to {score.high:.3f}"
+
+
 def headline(results: Results) -> list[tuple[str, str]]:
     """The two ratios that the verdict rests on, in words."""
     shown = (("Quality kept", results.quality_kept), ("Gap closed", results.gap_closed))
@@ -119,6 +164,18 @@ def _table(results: Results, names: list[str]) -> Table:
     return table
 
 
+def _slice_table(results: Results) -> Table:
+    """The slices; the arms beyond the first three are in the page alone."""
+    names = list(results.arms)[:_ARMS_IN_A_TABLE]
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for column in (f"{results.slices[0].metric} by slice", "rows", *names):
+        table.add_column(Text(column), overflow="fold", justify="left" if "slice" in column else "right")
+    for part in slice_table(results):
+        cells = [" ".join(cell) for cell in part["cells"][: len(names)]]
+        table.add_row(*map(Text, [f"{part['by']}: {part['value']}", str(part["rows"]), *cells]))
+    return table
+
+
 def _metrics(results: Results) -> list[str]:
     """Names of the metrics to show, the primary one first, each once and in the order of the arms."""
     first = [] if results.primary_metric is None else [results.primary_metric]
@@ -132,7 +189,7 @@ def _metric(results: Results, arm: str, metric: str) -> str:
         return "–"
     error = results.standard_error(arm) if metric == results.primary_metric else None
     if error is None:
-        return _decimal(value)
+        return decimal(value)
     digits = 2 if results.scale == 100 else 4
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
@@ -140,7 +197,7 @@ def _metric(results: Results, arm: str, metric: str) -> str:
 def _latency(arm: Arm) -> str | None:
     if not arm.latency:
         return None
-    median = _decimal(arm.latency[0].median_ms)
+    median = decimal(arm.latency[0].median_ms)
     return f"{median} ± {arm.latency[0].iqr_ms:.{len(median.partition('.')[2])}f}"
 
 
@@ -155,7 +212,7 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _decimal(value: float) -> str:
+def decimal(value: float) -> str:
     """Three digits and more, without an exponent where a person would not write one."""
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"

@@ -12,28 +12,22 @@ are read, files of newer ones refused. Numbers that are not finite are the strin
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import os
 import tempfile
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_kd.behaviour import Behaviour
+from hf_kd.behaviour import Behaviour, PositionKL
+from hf_kd.schema import build, to_json
+from hf_kd.slices import Slice
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Metrics that are a mean of zeros and ones over examples: their standard error follows from their value.
 _PROPORTIONS = {"accuracy", "exact_match", "agreement"}
-
-# How an error message names a type to whoever looks at the JSON file.
-_TYPE_NAMES: dict[Any, str] = {
-    **{str: "a string", int: "an integer", float: "a number", bool: "true or false", list: "an array"},
-    **{dict: "an object"},
-}
 
 
 @dataclass(frozen=True)
@@ -69,6 +63,12 @@ class Latency:
         """Throughput at this batch size, from the median."""
         return 1000.0 * self.batch_size / self.median_ms if self.median_ms else math.inf
 
+    @property
+    def length(self) -> int | None:
+        """Tokens in a row of the batch; None where rows are not text."""
+        shape = self.inputs.get("input_ids", [])
+        return shape[-1] if len(shape) > 1 else None
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -82,6 +82,8 @@ class Arm:
         eval_agreement: share of positions with the teacher's top-1 class, in [0, 1]; None if not measured.
         bytes_on_disk: of the saved weights; None if not saved.
         latency: one entry per input shape; tables show the first.
+        peak_memory: most bytes at one time during a forward pass on the batch of the first latency: weights,
+            buffers and what is computed on the way; None if not measured.
     """
 
     metrics: dict[str, float]
@@ -91,6 +93,7 @@ class Arm:
     eval_agreement: float | None = None
     bytes_on_disk: int | None = None
     latency: list[Latency] = field(default_factory=list)
+    peak_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ class Results:
         provenance: what was run (dataset, seed, recipe, versions), of the caller's choice.
         training: what the student's training logged, in order: numbers by name, with their `step`.
         behaviour: how student and teacher answer the same rows; None for heads without one class a row.
+        positions: KL to the teacher along the sequence, for heads with one position a token.
+        slices: quality of every arm on parts of the evaluation rows.
 
     Raises:
         ValueError: an arm or the primary metric is missing, or a value is impossible; all problems at once.
@@ -130,6 +135,8 @@ class Results:
     provenance: dict[str, Any] = field(default_factory=dict)
     training: list[dict[str, float]] = field(default_factory=list)
     behaviour: Behaviour | None = None
+    positions: list[PositionKL] = field(default_factory=list)
+    slices: list[Slice] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -220,7 +227,7 @@ class Results:
             "gap_closed": dataclasses.asdict(self.gap_closed),
             "verdict": self.verdict,
         }
-        text = json.dumps(_to_json(content), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(to_json(content), indent=2, allow_nan=False) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
         # A directory and not a bare temporary file: the file inside gets ordinary permissions.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -257,7 +264,7 @@ class Results:
             )
         content.pop("summary", None)
         problems: list[str] = []
-        results = _build(cls, content, "", problems)
+        results = build(cls, content, "", problems)
         if not isinstance(results, cls) or problems:
             raise ValueError(f"{path}: " + "; ".join(problems))
         return results
@@ -318,66 +325,13 @@ def _arm_problems(arm: Arm, primary_metric: str | None) -> list[str]:
     problems = []
     if primary_metric is not None and primary_metric not in arm.metrics:
         problems.append(f"metrics has no primary metric {primary_metric!r}, only {sorted(arm.metrics)}")
-    for name in ("parameters", "bytes", "bytes_on_disk"):
+    for name in ("parameters", "bytes", "bytes_on_disk", "peak_memory"):
         if (getattr(arm, name) or 0) < 0:
             problems.append(f"{name} is {getattr(arm, name)}, below 0")
     agreement = arm.eval_agreement
     if agreement is not None and (agreement < 0 or agreement > 1):
         problems.append(f"eval_agreement is {agreement}, outside [0, 1]")
     return problems
-
-
-def _to_json(value: Any) -> Any:
-    """`value` with the numbers that JSON does not have written as strings, which `float` reads back."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, dict):
-        return {str(key): _to_json(item) for key, item in value.items()}
-    return [_to_json(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _build(hint: Any, raw: Any, where: str, problems: list[str]) -> Any:
-    """`raw` from JSON as the type `hint`; what does not fit goes to `problems`, by its place in the file."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or (type(None) in parts and raw is None):
-        return raw
-    if type(None) in parts:
-        return _build(parts[0], raw, where, problems)
-    if hint is float and raw in ("NaN", "Infinity", "-Infinity"):
-        return float(raw)
-    kind: Any = dict if dataclasses.is_dataclass(hint) else origin or hint
-    fits = isinstance(raw, int | float if kind is float else kind)
-    if not fits or (isinstance(raw, bool) and kind is not bool):
-        problems.append(f"{where} is {json.dumps(raw)[:40]}, not {_TYPE_NAMES[kind]}")
-        return None
-    if dataclasses.is_dataclass(hint):
-        return _build_dataclass(hint, raw, where, problems)
-    if kind is list:
-        return [_build(parts[0], item, f"{where}[{i}]", problems) for i, item in enumerate(raw)]
-    if kind is dict:
-        return {key: _build(parts[1], item, f"{where}.{key}", problems) for key, item in raw.items()}
-    return kind(raw)
-
-
-def _build_dataclass(cls: Any, raw: dict[str, Any], where: str, problems: list[str]) -> Any:
-    before, prefix = len(problems), f"{where}." if where else ""
-    hints = typing.get_type_hints(cls)
-    for name in sorted(raw.keys() - hints.keys()):
-        near = difflib.get_close_matches(name, hints, n=1)
-        problems.append(f"{prefix}{name} is unknown" + (f", did you mean {near[0]!r}?" if near else ""))
-    for entry in dataclasses.fields(cls):
-        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-        if required and entry.name not in raw:
-            problems.append(f"{prefix}{entry.name} is missing")
-    known = {name: item for name, item in raw.items() if name in hints}
-    values = {name: _build(hints[name], item, prefix + name, problems) for name, item in known.items()}
-    if len(problems) > before:
-        return None
-    try:
-        return cls(**values)
-    except ValueError as error:
-        problems.append(str(error))
-        return None
 
 
 def _percent(share: float) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,10 @@ from hf_kd.card import write_card
 from hf_kd.comparison import compare
 from hf_kd.config import DistillationArguments
 from hf_kd.findings import Problem
+from hf_kd.live_report import numbers_of
 from hf_kd.options import DistillationOptions, RunOptions
 from hf_kd.pages import write_html
+from hf_kd.provenance import Meter
 from hf_kd.publish import publish
 from hf_kd.results import Results
 from hf_kd.setting import (
@@ -57,7 +58,7 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
         resume = _checkpoint(args.resume_from_checkpoint, args.folder)
         served_run.distill(run, args, described=describe, control=train_control, resume=resume)
         return None
-    start = time.monotonic()
+    meter = Meter(run.watts)
     wish, args = args, _unpublished(args)
     setting = load(run, args)
     console = setting.console
@@ -81,7 +82,7 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
         learned: dict[str, Any] = {"ensemble_weighting": "fixed", "ensemble_weights": trainer.settled.weights}
         setting = dataclasses.replace(setting, args=dataclasses.replace(args, **learned))
     steps = trainer.state.global_step, trainer.state.max_steps
-    history = _numbers(trainer.state.log_history)
+    history = numbers_of(trainer.state.log_history)
     identity = {} if trainer.teacher is None else trainer.teacher.identity
     del trainer
     control = train_control(setting, initial, *steps)
@@ -89,7 +90,7 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
         models["control"] = control
     setting = woken(setting, identity)
     models = {"teacher": setting.teacher, **models}
-    results = compare(setting, models, history, minutes=(time.monotonic() - start) / 60)
+    results = compare(setting, models, history, meter=meter)
     if results is None:
         return None
     path = results.write(args.folder / "results.json")
@@ -239,8 +240,3 @@ def _checkpoint(wish: str | None, folder: Path) -> str | None:
     if wish.lower() not in ("true", "yes", "1", "last"):
         return wish
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
-
-
-def _numbers(history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """The log without what is not a number."""
-    return [{k: float(v) for k, v in row.items() if isinstance(v, int | float)} for row in history]

@@ -44,7 +44,7 @@ _ALONE: dict[str, Any] = {
 }
 # Options that have no say in what a trained teacher becomes.
 _NOT_THE_TEACHERS = (
-    *"student student_config control metrics test_split test_file max_eval_samples".split(),
+    *"student student_config control metrics test_split test_file max_eval_samples slices watts".split(),
     *student_options.NAMES,
 )
 _OF_TRAINING = """

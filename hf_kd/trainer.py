@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from . import checks, sharding
 from . import projection as projections
 from .alignment import AlignmentError, ClassMap
+from .balance import Balance
 from .callbacks import FiniteLossCallback, KLThresholdCallback
 from .checkpoints import restore_renamed
 from .config import DistillationArguments
@@ -38,7 +39,9 @@ from .objective import (
 from .pair import Pair
 from .predictions import Generation, predictions
 from .projection import Projection
+from .provenance import Meter
 from .records import TEACHER_FILE, check_teacher, write_options, write_teacher
+from .results import Results
 from .rows import ROW, RowCollator, RowDataset
 from .schedules import schedule
 from .settling import Settled
@@ -171,6 +174,12 @@ class DistillationTrainer(Trainer):
         self._sparse = False
         self.terms = TermLog()
         self._eval_sums: Tensor | None = None
+        #: Set to a list: evaluation adds what `Objective.evaluate` says of each row, in order.
+        self.row_sums: list[Tensor] | None = None
+        self.meter = Meter()
+        self.balance = Balance(args.term_gradients)
+        #: Instead of the mix of the step, while a term is looked at by itself.
+        self.fixed_mix: Mix | None = None
         self.add_callback(FiniteLossCallback(self))
         if isinstance(self.teacher, EMATeacher):
             self.add_callback(EMACallback(self, self.teacher))
@@ -192,6 +201,8 @@ class DistillationTrainer(Trainer):
 
     def mix(self) -> Mix:
         """Weights and temperatures now: pure functions of progress, so a resumed run agrees."""
+        if self.fixed_mix is not None:
+            return self.fixed_mix
         args = self.args
         total = self.state.max_steps or args.max_steps
         progress = min(self.state.global_step / total, 1.0) if total and total > 0 else 0.0
@@ -307,7 +318,9 @@ class DistillationTrainer(Trainer):
         supervisions = [self.task.supervise_batch(batch) for batch in batches]
         for batch, supervision, selection in zip(batches, supervisions, select(supervisions), strict=True):
             batch[_PLAN] = _Plan(supervision, selection)
-        return batches, self._global_counts(supervisions)
+        counts = self._global_counts(supervisions)
+        self.balance.measure(self, batches, counts)
+        return batches, counts
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
         # Trainer's count knows one kind of label only; `get_batch_samples` counts both terms.
@@ -422,7 +435,7 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each term of the loss, averaged over ranks and over the steps since the last log."""
         if "loss" in logs:
-            logs.update(self.terms.means(self.accelerator))
+            logs.update(self.terms.means(self.accelerator) | self.balance.take())
             for name in ("alpha", "temperature"):
                 if getattr(self.args, f"{name}_schedule") != "constant":
                     logs[name] = getattr(self.mix(), name)
@@ -462,7 +475,10 @@ class DistillationTrainer(Trainer):
                 outputs, student, teacher = self.pair.dense(model, batch, distil=self.distils)
                 sums = self.objective.evaluate(student, teacher, supervision, outputs)
         # Gathering rows, not means, drops the rows that ranks repeat to fill their last batch.
-        total = self.accelerator.gather_for_metrics(sums).sum(0)
+        rows = self.accelerator.gather_for_metrics(sums)
+        if self.row_sums is not None:
+            self.row_sums.append(rows.cpu())
+        total = rows.sum(0)
         self._eval_sums = total if self._eval_sums is None else self._eval_sums + total
         task, count = sums[:, STATISTICS.index("task")].sum(), sums[:, STATISTICS.index("task_count")].sum()
         labelled = supervision.labels is not None
@@ -487,6 +503,12 @@ class DistillationTrainer(Trainer):
         self._generation.take(kwargs)
         return super().predict(*args, **kwargs)
 
+    def report(self, test_dataset: Any = None, **options: Any) -> Results | None:
+        """Compare teacher, student and others on some rows, as page and card; see `live_report.report`."""
+        from .live_report import report
+
+        return report(self, test_dataset, **options)
+
     # ---- what is saved: the student, and a record of how it was made ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -509,6 +531,12 @@ class DistillationTrainer(Trainer):
                 projections.save(self.projections, folder)
             if _internal_call and self.teacher is not None and self.distils:
                 write_teacher(folder / TEACHER_FILE, self.teacher.identity)
+
+    def push_to_hub(self, commit_message: str | None = None, **options: Any) -> str | None:  # type: ignore[override]
+        """Publish student, card, report and options, as `hf-kd publish` does; see `hf_kd.publish.push`."""
+        from .publish import push
+
+        return push(self, commit_message, **options)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.projections:

@@ -43,6 +43,7 @@ RUN = ("README.md", "quickstart.md", "caching.md", "generate.md")
 
 #: Commands on those pages that are parsed and not run: the beginning, and why.
 NOT_RUN: dict[str, str] = {
+    "hf-kd export": "takes ten seconds; tests/test_export.py runs it",
     "hf-kd publish": "needs the Hub; tests/test_publish.py runs it against a local one",
     "hf-kd distill --teacher my-finetuned-bert --student my-": "the CSV below is such a run",
     "accelerate launch scripts/distill.py": "parsed; .ci/run and tests/test_cli.py start it",

@@ -25,6 +25,8 @@ from hf_kd.options import GenerateOptions
 from . import documents
 from .documents import NOT_RUN, OTHERS, ROOT, RUN, SHORT, Block, blocks, commands
 
+# Of the commands that are no run.
+SWITCHES = ("--private", "--out", "--onnx", "--int8")
 PYTHON, SHELL = blocks("python", "py"), blocks("sh", "bash", "shell", "console")
 
 
@@ -103,7 +105,7 @@ def check_options(command: str, rest: list[str]) -> None:
         caching._parse("cache", rest)
     else:
         assert command in cli.COMMANDS
-        assert not any(word.startswith("-") for word in rest if word != "--private"), rest
+        assert not any(word.startswith("-") for word in rest if word not in SWITCHES), rest
 
 
 def is_run(page: str, words: list[str]) -> bool:

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from transformers import BertConfig, BertForSequenceClassification, pipeline
 
 from hf_kd.data.processors import train_tokenizer
@@ -52,6 +53,26 @@ def test_a_trainer_script_distils_a_csv(tmp_path: Path) -> None:
     classify = pipeline("text-classification", model=str(out))
     assert classify("a good film")[0]["label"] in ("LABEL_0", "LABEL_1")
     assert BertForSequenceClassification.from_pretrained(out).config.num_hidden_layers == 2
+
+
+def test_a_student_works_in_a_pipeline() -> None:
+    """From its folder alone, with the teacher's label names."""
+    answers = load("classification_pipeline").main()
+    assert [answer["label"] for answer in answers] == ["good", "bad"]
+
+
+def test_a_student_generates() -> None:
+    """With its own `generate` and in a pipeline: the same text, which goes on from the prompt."""
+    said = load("text_generation").main()
+    assert said["generate"].startswith("def load(") and len(said["generate"]) > len("def load(")
+    assert said["pipeline"] == said["generate"]
+
+
+def test_a_student_encodes_sentences() -> None:
+    """Its mean over tokens, as sentence-transformers takes it, becomes the teacher's."""
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    cosine = load("sentence_encoder").main()
+    assert cosine["after"] > max(cosine["before"], 0.9)
 
 
 def test_a_distilled_assistant_saves_calls_of_its_teacher() -> None:

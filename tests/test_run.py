@@ -100,7 +100,24 @@ def test_three_arms_are_measured_alike(finished):
     for arm in (student, control):
         assert arm.eval_kl > 0 and 0 <= arm.eval_agreement <= 1
     assert student.parameters == control.parameters < teacher.parameters
-    assert len({(t.batch_size, str(t.inputs)) for arm in results.arms.values() for t in arm.latency}) == 1
+    inputs = [[(t.batch_size, t.inputs) for t in arm.latency] for arm in results.arms.values()]
+    assert [rows for rows, _ in inputs[0]] == [16, 1, 8] and inputs[0] == inputs[1] == inputs[2]
+    for name, arm in results.arms.items():
+        assert arm.bytes_on_disk > 0, name
+        assert arm.peak_memory > arm.bytes, name
+
+
+def test_where_the_numbers_come_from_is_in_the_file(finished):
+    """Seeds, versions, data, teacher, revision, hardware, time and energy, and every resolved option."""
+    _, results, _ = finished
+    made = results.provenance
+    assert made["seed"] == 42 and made["resolved"]["seed"] == 42 and "lr_scheduler_type" in made["resolved"]
+    assert {"hf-kd", "torch", "transformers", "datasets"} <= made["versions"].keys()
+    assert made["data"]["test"]["rows"] == results.examples and len(made["data"]["train"]["hash"]) == 16
+    assert len(made["teacher_identity"]["fingerprint"]) == 16
+    assert made["minutes"] > 0 and made["started"].startswith("20")
+    assert made["energy"]["how"].startswith(("not measured", "processor packages"))
+    assert results.machine["cpu"] and results.machine["cores"]
 
 
 def test_behaviour_is_that_of_the_rows_that_were_scored(finished):
@@ -208,6 +225,38 @@ def test_a_teacher_without_a_head_is_refused_unless_it_is_trained(texts, tmp_pat
     setting = settings.with_trained_teacher(settings.load(run, args))
     assert setting.teacher.config.id2label == {0: "negative", 1: "positive"}
     assert (tmp_path / "teacher" / settings.TRAINED_FILE).is_file()
+
+
+def test_quality_is_reported_by_length_label_and_columns_of_the_data(texts, tmp_path):
+    kinds = (("bad", "negative"), ("good", "positive"))
+    rows = "text,label,source\n" + "".join(
+        f"{kinds[i % 2][0]} film {'number ' * (i % 5)},{kinds[i % 2][1]},{'ab'[i % 3 == 0]}\n"
+        for i in range(60)
+    )
+    (tmp_path / "rows.csv").write_text(rows, encoding="utf-8")
+    flags = [
+        "--dataset",
+        str(tmp_path / "rows.csv"),
+        "--slices",
+        "source",
+        "length",
+        "label",
+        "--watts",
+        "60",
+    ]
+    results = runs.distill(*text_run(texts, tmp_path / "out", *flags))
+    for by in ("source", "length", "label"):
+        parts = [part for part in results.slices if part.by == by]
+        assert sum(part.rows for part in parts) == results.examples and len(parts) > 1
+        for name, arm in results.arms.items():
+            right = sum(part.scores[name].value * part.rows for part in parts)
+            assert right / results.examples == pytest.approx(arm.metrics["accuracy"])
+    assert results.provenance["energy"]["wh"] > 0
+    assert Results.read(tmp_path / "out" / "results.json") == results
+    with pytest.raises(
+        ValueError, match="slices='sauce' is no column of the data: use some of length, label"
+    ):
+        settings.load(*text_run(texts, tmp_path, *flags[:2], "--slices", "sauce"))
 
 
 def test_labels_are_not_needed_at_alpha_one(texts, tmp_path):

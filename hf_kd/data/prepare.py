@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset, DatasetDict
@@ -52,6 +52,7 @@ class Prepared:
         primary_metric: What ranks models: a key of what `compute_metrics` returns, or `perplexity`, which is
             `hf_kd.metrics.perplexity(eval_loss)`.
         greater_is_better: Whether more of it is better.
+        columns: Of the rows of the final table, the columns that `slices` names, one value a row.
     """
 
     train: Any
@@ -62,6 +63,7 @@ class Prepared:
     preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None
     primary_metric: str
     greater_is_better: bool
+    columns: dict[str, list[Any]] = field(default_factory=dict)
 
 
 def prepare(
@@ -128,7 +130,28 @@ def prepare(
         preprocess_logits_for_metrics=keep_top_class if task.endswith("-lm") else None,
         primary_metric=primary,
         greater_is_better=primary not in LOWER_IS_BETTER,
+        columns=_slice_columns(raw, splits, options),
     )
+
+
+def _slice_columns(raw: DatasetDict, splits: dict[str, Any], options: RunOptions) -> dict[str, list[Any]]:
+    """What `slices` names beside "length" and "label", which are known from what was prepared."""
+    name = "test" if "test" in splits else "eval"
+    rows = _some_rows(raw[name], options.max_eval_samples)
+    found = {}
+    for column in options.slices or ():
+        if column in ("length", "label"):
+            continue
+        if column not in rows.column_names:
+            known = ", ".join(["length", "label", *rows.column_names])
+            raise ValueError(f"slices={column!r} is no column of the data: use some of {known}")
+        if len(rows) != len(splits[name]):
+            raise ValueError(
+                f"slices={column!r}: {len(rows)} rows of the data become {len(splits[name])} rows of "
+                f"{options.task}, so a column says nothing of one of them; use slices=length or leave it out"
+            )
+        found[column] = list(rows[column])
+    return found
 
 
 def _own_processors(processor: Any, teacher_processor: Any) -> tuple[Any, Any]:

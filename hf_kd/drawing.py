@@ -1,0 +1,61 @@
+"""How every chart looks: colours that people tell apart, ink that follows the page, SVG and PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which people tell apart whatever their colour vision; the arms differ in shape too.
+COLOURS = {"teacher": "#0072B2", "student": "#D55E00", "control": "#009E73"}
+OTHERS = ("#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = {"teacher": "s", "student": "o", "control": "^"}
+OTHER_MARKERS = ("D", "P", "X")
+# Stands for the page's own text colour until the SVG is written.
+INK = "#010203"
+_WIDTH, _HEIGHT = 5.4, 3.3
+
+
+def svg(figure: Figure, name: str) -> str:
+    """A chart as SVG text that takes its ink from the page around it; the same bytes for the same results."""
+    out = io.StringIO()
+    # The salt keeps the ids of several charts on one page apart.
+    with style({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+def save_png(figure: Figure, path: Path) -> Path:
+    """Write a chart as PNG, black on white."""
+    with style():
+        figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
+    return path
+
+
+def style(more: Mapping[str, Any] | None = None) -> AbstractContextManager[None]:
+    """Settings of matplotlib for the time of a drawing."""
+    inked = ("text.", "axes.edge", "axes.label", "xtick.", "ytick.")
+    settings: dict[Any, Any] = {
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "figure.constrained_layout.use": True,
+    }
+    settings.update({f"{name}color": INK for name in inked})
+    settings.update(more or {})
+    return matplotlib.rc_context(settings)
+
+
+def new_figure(height: float = _HEIGHT) -> tuple[Figure, Axes]:
+    """An empty chart."""
+    figure = Figure(figsize=(_WIDTH, height))
+    return figure, figure.add_subplot()

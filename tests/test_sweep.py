@@ -1,0 +1,98 @@
+"""Several runs on one page: which models are worth their cost, and which runs can't be compared."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from hf_kd import cli
+from hf_kd.sweep import combine, table
+
+from .test_report import arm, results
+
+
+def run_in(folder, accuracy, scale, **changes):
+    """A run with a student of some size; the teacher is the same in all."""
+    made = results(control=accuracy - 0.02)
+    arms = {"teacher": arm(0.98), "student": arm(accuracy, scale), "control": arm(accuracy - 0.02, scale)}
+    data = {
+        "data": {"test": {"hash": "abc"}},
+        "teacher_identity": {"fingerprint": "f"},
+        "dataset": "<b>rows</b>",
+    }
+    replace(made, arms=arms, provenance=data, **changes).write(folder / "results.json")
+    return folder
+
+
+@pytest.fixture
+def depths(tmp_path):
+    return [
+        run_in(tmp_path / "layers-2", 0.90, 0.2),
+        run_in(tmp_path / "layers-3", 0.90, 0.3),
+        run_in(tmp_path / "layers-4", 0.97, 0.4),
+        run_in(tmp_path / "layers-6", 0.975, 0.6),
+    ]
+
+
+def test_the_front_is_what_no_other_model_beats(depths):
+    sweep = combine(depths)
+    assert [entry.name for entry in sweep.entries if entry.role == "teacher"] == ["teacher"]
+    assert [entry.name for entry in sweep.front("parameters")] == [
+        "layers-2",
+        "layers-4",
+        "layers-6",
+        "teacher",
+    ]
+    # layers-3 is as good as layers-2 and dearer; a control is as dear as its student and worse.
+    assert not any(entry.role == "control" for entry in sweep.front("latency"))
+
+
+def test_where_less_is_better_the_front_turns_around(depths, tmp_path):
+    made = [run_in(tmp_path / f"loss-{i}", score, size, primary_metric="loss", greater_is_better=False)
+            for i, (score, size) in enumerate(((0.5, 0.2), (0.6, 0.3)))]  # fmt: skip
+    sweep = combine(made)
+    assert [entry.name for entry in sweep.front("bytes")] == ["loss-0"]
+
+
+def test_the_smallest_student_within_the_error_of_the_best_is_named(depths):
+    assert combine(depths).verdict.startswith("The best of 4 students is layers-6 (accuracy 0.975).")
+    assert (
+        "layers-4 (0.97) is within the standard error of it with 67% of its parameters"
+        in combine(depths).verdict
+    )
+
+
+def test_the_table_has_every_model_once_with_stars_on_the_front(depths):
+    header, rows = table(combine(depths))
+    assert len(rows) == 9 and header[2] == "accuracy"
+    by_name = {row[1]: row for row in rows}
+    assert by_name["layers-4"][3] == "99.0 %" and by_name["layers-4"][5].endswith("★")
+    assert not any("★" in cell for cell in by_name["layers-3"])
+
+
+def test_the_command_writes_one_page_and_one_markdown_of_all_runs(depths, tmp_path, capsys):
+    assert cli.main(["report", *map(str, depths), "--out", str(tmp_path / "page")]) == 0
+    said = capsys.readouterr().out
+    assert "The best of 4 students" in said and "sweep.html" in said
+    page = (tmp_path / "page" / "sweep.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 3 and "<script" not in page and "<b>rows" not in page
+    assert "prefers-color-scheme: dark" in page and "layers-6" in page
+    markdown = (tmp_path / "page" / "sweep.md").read_text(encoding="utf-8")
+    images = re.findall(r"\]\((sweep-[a-z]+\.png)\)", markdown)
+    assert len(images) == 3 and all((tmp_path / "page" / name).stat().st_size > 1000 for name in images)
+
+
+def test_runs_that_say_nothing_of_each_other_are_refused(depths, tmp_path):
+    other = run_in(tmp_path / "other", 0.9, 0.2, task="token-classification")
+    with pytest.raises(ValueError, match="layers-2 has task 'image-classification', other has task"):
+        combine([depths[0], other])
+    with pytest.raises(ValueError, match="is named twice"):
+        combine([depths[0], depths[0] / "results.json"])
+    elsewhere = run_in(tmp_path / "elsewhere", 0.9, 0.2)
+    text = (elsewhere / "results.json").read_text().replace('"abc"', '"xyz"')
+    (elsewhere / "results.json").write_text(text)
+    with pytest.raises(ValueError, match="different rows"):
+        combine([depths[0], elsewhere])
+    assert cli.main(["report", str(depths[0]), str(tmp_path / "nowhere")]) == 2
