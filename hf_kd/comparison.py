@@ -149,6 +149,7 @@ def measured(
             model,
             evaluated[name].scores,
             latency=times.get(name, []),
+            errors=evaluated[name].errors,
             folder=(folders or {}).get(name),
             peak_memory=None if batch is None else costs.peak_memory(model, batch),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
+from hf_kd import errors
 from hf_kd.answers import logits_of
 from hf_kd.behaviour import Behaviour, PositionKL, describe_behaviour, most_different
 from hf_kd.losses.divergences import forward_kl, log_probs
+from hf_kd.measure import RUNTIME
 from hf_kd.metrics import perplexity
 from hf_kd.objective import STATISTICS, select
+from hf_kd.results import PROPORTIONS
 from hf_kd.sharding import in_pieces
 from hf_kd.slices import Slice, slice_rows
 from hf_kd.tasks import SequenceClassification
@@ -30,6 +33,9 @@ _SHOWN_CHARACTERS = 240
 _STRETCHES, _POSITION_ROWS = 8, 256
 # Heads whose positions are tokens.
 _TOKEN_HEADS = ("causal-lm", "masked-lm", "seq2seq-lm", "token-classification")
+
+#: What every evaluation returns beside the metrics of the task.
+OWN_METRICS = ("loss", "kl", "agreement", "teacher_entropy", "distance", "teacher_mass_dropped")
 
 #: Changes to the arguments of a training that leave its trainer fit for evaluation against the teacher.
 EVALUATION: dict[str, Any] = {
@@ -51,12 +57,14 @@ class Evaluation:
         logits: `[N, C]`, where the head gives one class a row.
         labels: `[N]`, likewise.
         rows: `[N, len(STATISTICS)]` sums per row (`Objective.evaluate`).
+        errors: Standard errors, by metric without a prefix.
     """
 
     scores: dict[str, float]
     logits: Any = None
     labels: Any = None
     rows: Any = None
+    errors: dict[str, float] = field(default_factory=dict)
 
     def per_row(self, name: str, count: str) -> np.ndarray | None:
         """`[N]` mean of a statistic per row, NaN where a row has none; None if no row has any."""
@@ -101,7 +109,35 @@ def evaluate(
     if primary == "perplexity" and "eval_loss" in scores:
         scores["eval_perplexity"] = perplexity(scores["eval_loss"])
     sums = torch.cat(trainer.row_sums).numpy() if trainer.row_sums else None
-    return Evaluation(scores, logits, labels, sums)
+    found = Evaluation(scores, logits, labels, sums)
+    metric = primary or _first_metric(trainer, scores)
+    return replace(found, errors=_errors(trainer, found, metric))
+
+
+def _first_metric(trainer: DistillationTrainer, scores: Mapping[str, float]) -> str | None:
+    """What a script is judged by, if it does not say: `metric_for_best_model` or its first metric."""
+    best = str(trainer.args.metric_for_best_model or "").removeprefix("eval_")
+    named = [name.removeprefix("eval_") for name in scores if name.startswith("eval_")]
+    own = [name for name in named if name not in (*OWN_METRICS, *RUNTIME)]
+    return best if best in named else own[0] if own else None
+
+
+def _errors(trainer: DistillationTrainer, found: Evaluation, metric: str | None) -> dict[str, float]:
+    """Standard errors of the loss on the labels, of perplexity, and of the metric that decides.
+
+    That of a share of rows follows from its value, and is left to `Results`.
+    """
+    made: dict[str, float | None] = {}
+    if found.rows is not None and "eval_loss" in found.scores:
+        task, count = (found.rows[:, STATISTICS.index(name)] for name in ("task", "task_count"))
+        made["loss"] = errors.of_mean(task, count)
+        if "eval_perplexity" in found.scores and made["loss"] is not None:
+            made["perplexity"] = made["loss"] * found.scores["eval_perplexity"]
+    compute = trainer.compute_metrics
+    judged = metric is not None and metric not in (*PROPORTIONS, *made)
+    if judged and compute is not None and found.logits is not None and found.labels is not None:
+        made[str(metric)] = errors.bootstrap(compute, found.logits, np.asarray(found.labels), str(metric))
+    return {name: error for name, error in made.items() if error is not None}
 
 
 def _one_class_a_row(trainer: DistillationTrainer) -> bool:

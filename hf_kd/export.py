@@ -168,10 +168,8 @@ def _with_arms(results: Results, setting: Setting, exported: Mapping[str, OnnxMo
         if name not in (ONNX_ARM, INT8_ARM)
     }
     for name, model in exported.items():
-        found = evaluating.evaluate(
-            trainer_of(setting, name, model), rows, primary=data.primary_metric
-        ).scores
-        scores = {key.removeprefix("eval_"): value for key, value in found.items()}
+        found = evaluating.evaluate(trainer_of(setting, name, model), rows, primary=data.primary_metric)
+        scores = {key.removeprefix("eval_"): value for key, value in found.scores.items()}
         known = results.arms["student"].metrics
         arms[name] = Arm(
             metrics={key: float(scores[key]) for key in known if key in scores},
@@ -181,5 +179,6 @@ def _with_arms(results: Results, setting: Setting, exported: Mapping[str, OnnxMo
             eval_agreement=scores.get("agreement"),
             bytes_on_disk=model.bytes,
             latency=times.get(name, []),
+            errors=found.errors,
         )
     return dataclasses.replace(results, arms=arms)

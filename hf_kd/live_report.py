@@ -25,9 +25,6 @@ from hf_kd.tasks import Task
 from hf_kd.teachers import Teacher
 from hf_kd.trainer import DistillationTrainer
 
-# What every evaluation returns beside the metrics of the task.
-_OWN = ("loss", "kl", "agreement", "teacher_entropy", "distance", "teacher_mass_dropped")
-
 
 def report(
     trainer: DistillationTrainer,
@@ -88,7 +85,7 @@ def report(
     models |= dict(students or {})
     trainers = {name: _evaluator(trainer, model, taught) for name, model in models.items()}
     against = trainers["student"]
-    evaluated = {"teacher": _evaluate_teacher(trainer, against, rows)}
+    evaluated = {"teacher": _evaluate_teacher(trainer, against, rows, primary_metric)}
     for name, own in trainers.items():
         evaluated[name] = evaluating.evaluate(own, rows, primary=primary_metric)
     if trainer.args.process_index != 0:
@@ -168,7 +165,9 @@ def _wiring(trainer: DistillationTrainer) -> dict[str, Any]:
     }
 
 
-def _evaluate_teacher(trainer: DistillationTrainer, against: DistillationTrainer, rows: Any) -> Evaluation:
+def _evaluate_teacher(
+    trainer: DistillationTrainer, against: DistillationTrainer, rows: Any, primary: str | None
+) -> Evaluation:
     """The teacher's metrics on the student's own rows, its classes in the student's order."""
     classes = against.objective.classes
     known = {"eval_kl": 0.0, "eval_agreement": 1.0}
@@ -179,7 +178,7 @@ def _evaluate_teacher(trainer: DistillationTrainer, against: DistillationTrainer
     changes = {**EVALUATION, **without_features(), "alpha": 0.0}
     args = dataclasses.replace(trainer.args, **changes, output_dir=str(trainer.args.folder / "evaluation"))
     own = DistillationTrainer(view, args, task=trainer.task, **_wiring(trainer))
-    return evaluating.evaluate(own, rows, known=known, primary=None)
+    return evaluating.evaluate(own, rows, known=known, primary=primary)
 
 
 class _TeacherView(nn.Module):
@@ -201,7 +200,7 @@ class _TeacherView(nn.Module):
                 logits = dict(signal.dense())  # says why not
             return {name: _in_order(value, classes, task.class_axis) for name, value in logits.items()}
 
-        model = getattr(teacher, "model", None)
+        model: Any = getattr(teacher, "model", None)
         if hasattr(model, "generate"):  # for metrics of generated text
             self.generate, self.generation_config = model.generate, model.generation_config
         forward.__signature__ = signature  # type: ignore[attr-defined]  # the columns that the teacher reads
@@ -232,7 +231,11 @@ def _primary(
     if best in shared and best not in ("kl", "agreement"):
         return best
     measured_names = [name.removeprefix("eval_") for name in evaluated["student"].scores]
-    tasks = [name for name in measured_names if name in shared and name not in (*_OWN, *measure.RUNTIME)]
+    tasks = [
+        name
+        for name in measured_names
+        if name in shared and name not in (*evaluating.OWN_METRICS, *measure.RUNTIME)
+    ]
     return tasks[0] if tasks else "loss" if "loss" in shared else None
 
 

@@ -172,6 +172,7 @@ def measure_arm(
     latency: Iterable[Latency] = (),
     folder: str | os.PathLike[str] | None = None,
     peak_memory: int | None = None,
+    errors: Mapping[str, float] | None = None,
     prefix: str = "eval_",
 ) -> Arm:
     """One arm of the comparison from a model and what `trainer.evaluate()` returned for it.
@@ -183,6 +184,7 @@ def measure_arm(
         latency: what `latency` measured, one entry per input shape.
         folder: where the model is saved, for its bytes on disk.
         peak_memory: what `hf_kd.costs.peak_memory` measured, in bytes.
+        errors: standard errors by metric, without prefix.
         prefix: of the names in `evaluation` (the `metric_key_prefix` and "_"); taken off.
     """
     metrics = {
@@ -199,6 +201,7 @@ def measure_arm(
         bytes_on_disk=None if folder is None else _bytes_if_saved(folder),
         latency=list(latency),
         peak_memory=peak_memory,
+        errors=dict(errors or {}),
     )
 
 

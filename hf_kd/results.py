@@ -27,7 +27,7 @@ from hf_kd.slices import Slice
 SCHEMA_VERSION = 3
 
 # Metrics that are a mean of zeros and ones over examples: their standard error follows from their value.
-_PROPORTIONS = {"accuracy", "exact_match", "agreement"}
+PROPORTIONS = {"accuracy", "exact_match", "agreement"}
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Arm:
         latency: one entry per input shape; tables show the first.
         peak_memory: most bytes at one time during a forward pass on the batch of the first latency: weights,
             buffers and what is computed on the way; None if not measured.
+        errors: standard errors by metric, where they don't follow from its value.
     """
 
     metrics: dict[str, float]
@@ -94,6 +95,7 @@ class Arm:
     bytes_on_disk: int | None = None
     latency: list[Latency] = field(default_factory=list)
     peak_memory: int | None = None
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -189,15 +191,18 @@ class Results:
     @property
     def scale(self) -> float | None:
         """Best possible primary metric where it is a proportion: 1, or 100 if in percent; None for others."""
-        if self.primary_metric not in _PROPORTIONS:
+        if self.primary_metric not in PROPORTIONS:
             return None
         return 100.0 if any(arm.metrics[self.primary_metric] > 1 for arm in self.arms.values()) else 1.0
 
     def standard_error(self, name: str) -> float | None:
-        """Standard error of an arm's score, sqrt(p (1 - p) / examples).
+        """Standard error of an arm's score: the one that was measured, or that of a share of rows.
 
-        None unless the metric is a proportion and `examples` is known.
+        The latter is sqrt(p (1 - p) / examples), if the metric is a proportion and `examples` is known; else
+        None.
         """
+        if name in self.arms and self.primary_metric in self.arms[name].errors:
+            return self.arms[name].errors[self.primary_metric]
         value, scale = self.score(name), self.scale
         if value is None or scale is None or self.examples is None or not 0 <= value / scale <= 1:
             return None

@@ -239,3 +239,13 @@ def test_files_that_are_torn_absent_or_something_else_are_named(tmp_path):
 
 def test_throughput_follows_from_the_median():
     assert LATENCY.examples_per_second == pytest.approx(2000.0)
+
+
+def test_a_measured_error_is_that_of_the_verdict():
+    """A metric that is no share of rows has the error that was measured for it."""
+    made = make(10.0, 12.0, 12.5, metric="perplexity", greater=False, examples=100)
+    assert made.standard_error("student") is None
+    arms = {name: replace(arm, errors={"perplexity": 0.4}) for name, arm in made.arms.items()}
+    known = replace(made, arms=arms)
+    assert known.standard_error("student") == 0.4
+    assert "No measurable effect of the teacher" in known.verdict and "The teacher helped" in made.verdict
