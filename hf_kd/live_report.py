@@ -70,7 +70,8 @@ def report(
         )
     taught = teacher if teacher is not None else getattr(trainer.teacher, "live", None) or trainer.teacher
     inside = trainer.args.self_teacher == "deeper" and teacher is None
-    if taught is None or inside or (teacher is None and not isinstance(getattr(taught, "model", None), nn.Module)):
+    alone = teacher is not None or isinstance(getattr(taught, "model", None), nn.Module)
+    if taught is None or inside or not alone:
         raise ValueError(
             f"the trainer's teacher is {type(trainer.teacher).__name__}, no single model in memory, so there "
             "is nothing to weigh and time: pass the model to compare with as teacher="

@@ -155,8 +155,8 @@ class DistillationOptions:
             )
         if self.term_gradients and self.self_teacher == "deeper":
             found.append(
-                f"term_gradients={self.term_gradients} with self_teacher='deeper': one forward is both terms; "
-                "set it to 0"
+                f"term_gradients={self.term_gradients} with self_teacher='deeper': one forward is both "
+                "terms; set it to 0"
             )
         if self.fused_chunk_mib < 1:
             found.append(f"fused_chunk_mib={self.fused_chunk_mib} is below 1: set e.g. 256")
