@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from hf_kd.options import DistillationOptions, GenerateOptions, RunOptions
+from hf_kd.shrink_options import ShrinkOptions
 
 from . import losses_page, options_page
 from .heads_table import table
@@ -40,7 +41,8 @@ def test_options_page_has_every_option_once() -> None:
     for cls in (DistillationOptions, RunOptions, GenerateOptions):
         for field in fields(cls):
             assert any(row.startswith(f"| `{field.name}` |") for row in rows), field.name
-    assert len(rows) == sum(len(fields(cls)) for cls in (DistillationOptions, RunOptions, GenerateOptions))
+    shared = sum(len(fields(cls)) for cls in (DistillationOptions, RunOptions, GenerateOptions))
+    assert len(rows) == shared + len(ShrinkOptions.__annotations__)
 
 
 def test_losses_page_is_current() -> None:
