@@ -143,8 +143,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {"machine": machine("cpu"), "steps": args.steps, "target": TARGET}
-    results["workloads"] = {}
+    results: dict[str, Any] = {"machine": machine("cpu"), "target": TARGET, "steps": {}, "workloads": {}}
+    if args.workload and args.output.exists():  # the others stay as they are
+        results = {**results, **json.loads(args.output.read_text(encoding="utf-8"))}
     table = Table(box=SIMPLE_HEAD, title="processor time of a step, relative to none")
     table.add_column("4 pairs of layers")
     chosen = args.workload or list(WORKLOADS)
@@ -152,6 +153,7 @@ def main() -> None:
         table.add_column(name, justify="right")
         with tempfile.TemporaryDirectory() as folder:
             results["workloads"][name] = compare(name, args.steps, folder)
+        results["steps"][name] = args.steps
     for variant in VARIANTS:
         table.add_row(variant, *(f"{results['workloads'][name][variant]['ratio']:.3f}" for name in chosen))
     Console().print(table)

@@ -20,6 +20,8 @@ from .rows import block_of, refuse_second_derivative
 
 # Less than any score that is not masked: models mask with the least number of their dtype, or add it.
 _FLOOR = -1e30
+# A class with log q - log p below this may be written in units of p: q is less than e^-40 where p underflows.
+_NEAR = 40.0
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,7 @@ class _ProductKL(torch.autograd.Function):
         blind = None if hidden is None else hidden.all(-1, keepdim=True)
         for block in _blocks(slopes):
             log_q, log_p = (_log_softmax(side, block, hidden, blind) for side in (student, teacher))
-            values[block] = kl_terms(log_q, log_p).sum(-1)
-            slopes[block] = forward_slopes(log_q, log_p)
+            values[block], slopes[block] = _kl(log_q, log_p)
         ctx.save_for_backward(queries, keys, slopes)
         ctx.scale, ctx.alike = student.scale / slopes.shape[1], student.keys is student.queries
         return values.clamp_(min=0).mean(1)
@@ -185,6 +186,17 @@ class _ProductKL(torch.autograd.Function):
             to_queries[block] = slope @ keys[block]
             to_keys[block] = slope.transpose(-1, -2) @ queries[block]
         return to_queries, to_keys, None, None, None
+
+
+def _kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergence of each row `[..., L]`, and its slope `[..., L, K]`, `q - p`."""
+    gap = log_q - log_p
+    if gap.device.type != "cpu" or not bool(gap.amax() <= _NEAR):
+        return kl_terms(log_q, log_p).sum(-1), forward_slopes(log_q, log_p)
+    # One exponential for both: q - p = p expm1(d), as long as that neither overflows nor loses a q.
+    p, ratio = log_p.exp(), torch.expm1(gap)
+    slope = p * ratio
+    return ratio.sub_(gap).mul_(p).sum(-1), slope
 
 
 def _log_softmax(
