@@ -136,6 +136,16 @@ def _first_batch(
                 "it (or prepare its images or sound) before it is passed, or rename its columns.",
             )
             return None
+        for column in {*_read_columns(trainer), *trainer.task.labels, "label"} & {*(columns or ())}:
+            value = dataset[0][column]
+            if isinstance(value, str):
+                report.add(
+                    name,
+                    f"{name}: column {column!r} holds text, {value[:20]!r}, where numbers are needed: write "
+                    "them into a new column, 'labels' for labels, and remove this one (a column of text that "
+                    "is written over keeps its type).",
+                )
+                return None
         report.add(
             name,
             f"{name}: the first rows could not be made into a batch ({type(error).__name__}: {error}). "

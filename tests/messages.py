@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -213,6 +213,7 @@ def in_python(folder: Path) -> dict[str, Callable[[], Any]]:
         "an empty data set": lambda: train(made, train_dataset=rows.select([])),
         "no data set": lambda: train(made, train_dataset=None),
         "columns that no model reads": lambda: train(made, train_dataset=Dataset.from_dict({"text": ["a"]})),
+        "labels as text": lambda: train(made, train_dataset=rows.cast_column("labels", Value("string"))),
         "kl_threshold without evaluation": lambda: train(made, kl_threshold=0.1),
         "another tokenizer": lambda: DistillationTrainer(
             args=DistillationArguments(output_dir="out", use_cpu=True),
