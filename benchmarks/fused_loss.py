@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -179,12 +180,19 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}.")
 
 
+def _give_back() -> None:
+    """Freed memory returns to the system, so that a call's peak has all that it takes."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def measure_once(case: Case, method: str) -> dict[str, float]:
     """CPU and wall seconds of one call, and its peak resident bytes beyond the inputs and the gradients."""
     case.hidden.grad = case.weight.grad = None
     gc.collect()
     if "floor" in method:
         case.room(min(512, case.tokens))
+    _give_back()
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     wall, cpu = time.perf_counter(), time.process_time()
@@ -228,7 +236,9 @@ def plot(path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    runs = [run for run in json.loads(path.read_text())["runs"] if not run["masked"] and not run["frozen"]]
+    plain = {"masked": 0, "frozen": False, "threads": 1, "dtype": "float32"}
+    runs = json.loads(path.read_text())["runs"]
+    runs = [run for run in runs if all(run[name] == value for name, value in plain.items())]
     sizes = {(run["vocabulary"], run["widths"]): 0 for run in runs}
     for run in runs:
         sizes[run["vocabulary"], run["widths"]] += 1

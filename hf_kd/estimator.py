@@ -105,6 +105,11 @@ def settle(trainer: DistillationTrainer) -> Estimator:
         return Estimator(trainer.args.sparse_estimator)
     if trainer.objective.divergence_name != "forward_kl":
         return Estimator("tail")  # draws have no unbiased estimate of other divergences
+    if any(hasattr(p, "ds_id") for p in trainer.student.parameters()):
+        raise ValueError(
+            "sparse_estimator='auto' compares whole gradients, which ZeRO-3 never holds: set "
+            "sparse_estimator='tail' or 'draws'."
+        )
     measured = measure(trainer)
     if measured is None:
         logger.warning(
@@ -231,7 +236,7 @@ def _gradients(
     fusion = trainer.fusion_for(batch)
     student: HiddenStudent | Tensor
     if fusion is not None:
-        student, signal = trainer.pair.fused(fusion, trainer.student, batch, distil=True)
+        student, signal = trainer.pair.fused(fusion, trainer.student, batch, lambda *both: both, distil=True)
     else:
         _, student, signal = trainer.pair.dense(trainer.student, batch, distil=True)
     if not isinstance(signal, SparseSignal) or not signal.has_draws:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,17 @@ from .answers import Answer, Exits
 from .losses.entries import compare_projected
 from .losses.evaluation import fused_evaluation
 from .losses.fused import FUSED_DIVERGENCES, fused_distillation
-from .losses.heads import HeadSpec, UnsupportedHead, find_head, head_inputs
+from .losses.heads import HeadSpec, UnsupportedHead, find_head, head_inputs, tied
 from .losses.tiles import DenseTeacher, Head, HiddenTeacher
 from .losses.tiles import Teacher as FusedTeacher
 from .objective import STATISTICS, Counts, Mix, Objective, Terms
 from .tasks import Supervision, Task
 from .tasks.text import CausalLM, Seq2SeqLM
+from .teachers.deeper import DeeperTeacher
 from .teachers.models import ModelTeacher
 from .teachers.signal import SparseSignal, Teacher, TeacherSignal
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,37 @@ class Fusion:
         student: The student's head.
         teacher: The head of a teacher that is a model; None: its signal is used, as it comes.
         chunk_bytes: Temporary memory of the loss.
+        inside: The student's head is whole only during its own forward (ZeRO-3): all that needs it happens
+            there, gathered once, and the teacher is asked before.
     """
 
     student: HeadSpec
     teacher: HeadSpec | None
     chunk_bytes: int
+    inside: bool = False
+
+    def run(
+        self,
+        forward: Callable[[], Any],
+        ask: Callable[[], Answer | None],
+        use: Callable[[HiddenStudent, Answer | None], Result],
+    ) -> Result:
+        """Run both models, and then `use`, where the student's head is whole.
+
+        Args:
+            forward: One call of the student's forward.
+            ask: One call of the teacher.
+            use: What is made of the student's hidden states `[B, L, H]` and head, and the answer.
+        """
+        if not self.inside:
+            return use(self.run_student(forward), ask())
+        answer = ask()
+        with head_inputs(self.student, lambda *seen: use(HiddenStudent(*seen), answer)) as captured:
+            outputs = forward()
+        found: Any = captured[-1]
+        if isinstance(found, Terms):
+            found = replace(found, loss=tied(found.loss, outputs.logits))
+        return found
 
     def run_student(self, forward: Callable[[], Any]) -> HiddenStudent:
         """The head's input `[B, L, H]`, and the head, for one call of the student's forward."""
@@ -240,6 +269,7 @@ def find_fusion(
     batch: Mapping[str, Any],
     chunk_bytes: int,
     obstacle: str | None,
+    inside: bool = False,
 ) -> Fusion | str:
     """Whether the fused loss applies to a run.
 
@@ -253,6 +283,7 @@ def find_fusion(
         batch: What the teacher reads of that batch.
         chunk_bytes: Temporary memory of the loss.
         obstacle: A reason against it that the caller knows.
+        inside: See `Fusion`.
 
     Returns:
         The heads, or why the dense path is taken.
@@ -267,7 +298,12 @@ def find_fusion(
         row = {k: v[:1] if isinstance(v, Tensor) and v.ndim > 0 else v for k, v in inputs.items()}
         try:
             spec = find_head(student, row)
-            return Fusion(spec, _teacher_spec(teacher, batch), chunk_bytes)
+            if inside and isinstance(teacher, DeeperTeacher):
+                raise UnsupportedHead("DeepSpeed gathers the output layer once, the exits need it again.")
+            if inside and type(spec.linear) is not nn.Linear:
+                kind = type(spec.linear).__name__
+                raise UnsupportedHead(f"DeepSpeed gathers the parts of the output layer ({kind}) one by one.")
+            return Fusion(spec, _teacher_spec(teacher, batch), chunk_bytes, inside)
         except UnsupportedHead as error:
             reason = str(error)
     if mode == "on":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .answers import Answer, Exits, answer, count
 from .features import Seen
-from .fusing import Fusion, HiddenStudent
+from .fusing import Fusion, HiddenStudent, Result
 from .projection import Projection
 from .tasks import Batch, Task
 from .teachers.deeper import DeeperTeacher
@@ -103,18 +103,33 @@ class Pair:
         return outputs, student, teacher
 
     def fused(
-        self, fusion: Fusion, model: nn.Module, batch: Batch, *, distil: bool, seen: Seen | None = None
-    ) -> tuple[HiddenStudent, Answer | None]:
-        """Run both models up to their heads: the student's hidden states `[B, L, H]`, and the answer."""
+        self,
+        fusion: Fusion,
+        model: nn.Module,
+        batch: Batch,
+        use: Callable[[HiddenStudent, Answer | None], Result],
+        *,
+        distil: bool,
+        seen: Seen | None = None,
+    ) -> Result:
+        """Run both models up to their heads: what `use` makes of both; see `Fusion.run`."""
         inputs = self.inputs(batch)
         own = self.student_inputs(inputs)
-        with nullcontext() if seen is None else seen.on_student(), self._watching(distil) as states:
-            student = fusion.run_student(lambda: model(**own))
-        if isinstance(self.teacher, DeeperTeacher) and states is not None:
-            forward = partial(self.student, **own)
-            return student, Exits(tuple(fusion.run_student(forward) for _ in self.teacher.exits(states)))
-        if not distil or self.teacher is None:
-            return student, None
-        with nullcontext() if seen is None else seen.on_teacher():
-            signal = fusion.ask(self.teacher, inputs)
-        return student, answer(signal, self.task, batch)
+        if isinstance(self.teacher, DeeperTeacher) and distil:
+            with nullcontext() if seen is None else seen.on_student(), self._watching(distil) as states:
+                student = fusion.run_student(lambda: model(**own))
+            assert states is not None
+            again = partial(self.student, **own)
+            return use(student, Exits(tuple(fusion.run_student(again) for _ in self.teacher.exits(states))))
+
+        def forward() -> Any:
+            with nullcontext() if seen is None else seen.on_student():
+                return model(**own)
+
+        def ask() -> Answer | None:
+            if not distil or self.teacher is None:
+                return None
+            with nullcontext() if seen is None else seen.on_teacher():
+                return answer(fusion.ask(self.teacher, inputs), self.task, batch)
+
+        return fusion.run(forward, ask, use)

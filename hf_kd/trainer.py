@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -366,10 +367,9 @@ class DistillationTrainer(Trainer):
         fusion = None if return_outputs else self.fusion_for(batch)
         distil, seen = mix.alpha > 0 or self.features.wanted, self.features.seen()
         if fusion is not None:
-            hidden, answer = self.pair.fused(fusion, model, batch, distil=distil, seen=seen)
-            terms = fusion.terms(
-                self.objective, hidden, answer, plan.supervision, counts=counts, mix=mix, ranks=ranks
-            )
+            given = {"supervision": plan.supervision, "counts": counts, "mix": mix, "ranks": ranks}
+            use = partial(fusion.terms, self.objective, **given)
+            terms = self.pair.fused(fusion, model, batch, use, distil=distil, seen=seen)
         else:
             outputs, student, teacher = self.pair.dense(model, batch, distil=distil, seen=seen)
             terms = self.objective(
@@ -402,6 +402,7 @@ class DistillationTrainer(Trainer):
                 batch=inputs,
                 chunk_bytes=self.args.fused_chunk_mib << 20,
                 obstacle=self._fusion_obstacle(),
+                inside=self.is_deepspeed_enabled,
             )
             if isinstance(self._fusion, str) and self.args.fused == "auto" and is_language_model(self.task):
                 logger.warning("The loss is computed from full logits: %s", self._fusion)
@@ -414,8 +415,8 @@ class DistillationTrainer(Trainer):
             return "target_correction and kd_weighting read whole rows of the teacher."
         if self.args.torch_compile:
             return "torch_compile compiles the head too (compile the body instead: model.model.compile())."
-        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
-            return "DeepSpeed and FSDP 1 keep the output layer in pieces (FSDP 2 does not in the forward)."
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            return "FSDP 1 keeps the output layer in pieces (FSDP 2 does not in the forward)."
         return "DataParallel copies the output layer." if self.args.n_gpu > 1 else None
 
     def _custom_task_loss(self, outputs: Any, batch: Batch, counts: Counts) -> Tensor | None:
@@ -469,8 +470,8 @@ class DistillationTrainer(Trainer):
         outputs = None
         with torch.no_grad(), self.compute_loss_context_manager():
             if fusion is not None:
-                hidden, answer = self.pair.fused(fusion, model, batch, distil=self.distils)
-                sums = fusion.sums(self.objective, hidden, answer, supervision)
+                use = partial(fusion.sums, self.objective, supervision=supervision)
+                sums = self.pair.fused(fusion, model, batch, use, distil=self.distils)
             else:
                 outputs, student, teacher = self.pair.dense(model, batch, distil=self.distils)
                 sums = self.objective.evaluate(student, teacher, supervision, outputs)

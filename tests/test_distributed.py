@@ -44,6 +44,16 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return torch.load(folder / "results.pt", weights_only=True)
 
 
+@pytest.fixture(scope="module")
+def zero_3(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Any]:
+    """What two ranks of ZeRO-3 computed, for a student with tied embeddings and one without."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed")
+    folder = tmp_path_factory.mktemp("zero_3")
+    script = ROOT / "tests" / "zero_ranks.py"
+    launch("torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(folder))
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_two_ranks(two_ranks: dict[str, Any], name: str) -> None:
     """Trap 17: the gradient of two ranks is that of one, also when one rank has no supervised position."""
@@ -134,3 +144,26 @@ def test_evaluation_is_exact(two_ranks: dict[str, Any], tmp_path: Path) -> None:
         assert metrics["eval_kl"] == pytest.approx(float(kl), rel=1e-9)
         for name in ("eval_loss", "eval_kl", "eval_agreement", "eval_teacher_entropy"):
             assert two_ranks["evaluate"][name] == pytest.approx(metrics[name], rel=1e-9)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_zero_3(zero_3: dict[bool, Any], tie: bool, tmp_path: Path) -> None:
+    """DeepSpeed's ZeRO-3 gathers the output layer once, in its own forward; gradient and scores are exact."""
+    head = HEADS["causal-lm"]
+    student, teacher = models(head)
+    if tie:
+        student.config.tie_word_embeddings = True
+        student.tie_weights()
+    loss, grads = oracle(head, student, teacher, rows_of(head, 8))
+    ours = zero_3[tie]
+    assert ours["fused"]
+    assert ours["loss"] == pytest.approx(float(loss), rel=1e-6)
+    assert_same(ours["grads"], grads)
+    options = DistillationArguments(
+        output_dir=str(tmp_path), remove_unused_columns=False, disable_tqdm=True, fused="off", use_cpu=True
+    )
+    alone = DistillationTrainer(
+        student, options, teacher=teacher, eval_dataset=rows_of(head, 7), data_collator=Collator(head)
+    ).evaluate()
+    for name in ("eval_loss", "eval_kl", "eval_agreement", "eval_teacher_entropy"):
+        assert ours["scores"][name] == pytest.approx(alone[name], rel=1e-6)

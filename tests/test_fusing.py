@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 from hf_kd import DistillationTrainer
-from hf_kd.fusing import Fusion
+from hf_kd.fusing import Fusion, find_fusion
 
 from .heads import HEADS, Collator, models, oracle, rows_of
 from .test_checks import lm_rows, lms, tokenizer
@@ -164,9 +166,81 @@ def test_compiled_body(tmp_path: Path, accumulation: int) -> None:
     assert_same(grads, oracle(head, *models(head), rows)[1])
 
 
-def test_sharded_by_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ZeRO-3 has the output layer in pieces when the loss is computed: dense, or an error that says so."""
+def test_sharded_by_fsdp_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP 1 has the output layer in pieces when the loss is computed: dense, or an error that says so."""
     made = trainer("causal-lm", tmp_path, fused="on")
-    monkeypatch.setattr(made, "is_deepspeed_enabled", True)
-    with pytest.raises(ValueError, match="fused='on' is not possible: DeepSpeed .*in pieces"):
+    monkeypatch.setattr(made, "is_fsdp_enabled", True)
+    with pytest.raises(ValueError, match="fused='on' is not possible: FSDP 1 .*in pieces"):
         made.compute_loss(made.model, next(iter(made.get_train_dataloader())))
+
+
+class _Whole(torch.autograd.Function):
+    """The identity; calls a function before the gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, function: Any) -> torch.Tensor:
+        ctx.function = function
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.function()
+        return gradients[0], None
+
+
+class Pieces:
+    """A layer whose weight is there in its forward, and once a gradient has reached its output."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.weight: Any = layer.weight
+        self.data, self.gathered = self.weight.data.clone(), 0
+        self.keep: Any = self.weight.expand_as(self.weight)  # its accumulator expects the whole
+        self.scatter()
+        layer.register_forward_pre_hook(lambda *_: self.gather())
+        layer.register_forward_hook(self.after_forward)
+        self.weight.register_post_accumulate_grad_hook(lambda _: self.scatter())
+
+    def gather(self) -> None:
+        self.weight.data = self.data
+        self.gathered += 1
+
+    def scatter(self) -> None:
+        self.weight.data = self.data.new_empty(0)
+
+    def after_forward(self, _: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        self.scatter()
+        return _Whole.apply(output, self.gather) if output.requires_grad else output
+
+
+def test_a_head_that_is_whole_only_in_its_forward(tmp_path: Path) -> None:
+    """Gathered once in the forward and once for the gradient, as by ZeRO-3; evaluation agrees too."""
+    made = trainer("causal-lm", tmp_path, fused="on")
+    batch = next(iter(made.get_train_dataloader()))
+    made.compute_loss(made.model, batch).backward()
+    wanted, scores = {n: p.grad for n, p in made.model.named_parameters()}, made.evaluate()
+    made.model.zero_grad()
+    assert isinstance(made._fusion, Fusion)
+    made._fusion = replace(made._fusion, inside=True)
+    pieces = Pieces(made.student.get_output_embeddings())
+    loss = made.compute_loss(made.model, batch)
+    assert pieces.gathered == 1
+    loss.backward()
+    assert pieces.gathered == 2
+    for name, parameter in made.model.named_parameters():
+        assert torch.equal(parameter.grad, wanted[name]), name
+    again = made.evaluate()
+    for key in ("eval_loss", "eval_kl", "eval_agreement", "eval_teacher_entropy"):
+        assert again[key] == pytest.approx(scores[key], rel=1e-9)
+
+
+def test_zero_3_with_an_adapted_head(tmp_path: Path) -> None:
+    """An output layer in several layers is not whole in one forward: full logits, with the reason."""
+    made = trainer("causal-lm", tmp_path)
+    model = peft.get_peft_model(made.student, peft.LoraConfig(target_modules=["lm_head"]))
+    batch = next(iter(made.get_train_dataloader()))
+    given = {"task": made.task, "objective": made.objective, "student": model, "teacher": None}
+    given |= {"batch": batch, "inputs": made.pair.student_inputs(batch)}
+    given |= {"chunk_bytes": 1 << 20, "obstacle": None}
+    assert isinstance(find_fusion("auto", **given), Fusion)
+    found = find_fusion("auto", **given, inside=True)
+    assert isinstance(found, str) and "one by one" in found

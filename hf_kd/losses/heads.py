@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from .tiles import Head
 
-__all__ = ["HeadSpec", "UnsupportedHead", "find_head", "head_inputs"]
+__all__ = ["HeadSpec", "UnsupportedHead", "find_head", "head_inputs", "tied"]
 
 # Far above and below any soft-cap in use, so that one can't be taken for the identity.
 _PROBE_STD = 40.0
@@ -98,18 +98,29 @@ def find_head(model: nn.Module, batch: Mapping[str, Any]) -> HeadSpec:
 
 
 @contextlib.contextmanager
-def head_inputs(spec: HeadSpec) -> Iterator[list[tuple[Tensor, Head]]]:
+def head_inputs(
+    spec: HeadSpec, read: Callable[[Tensor, Head], Any] | None = None
+) -> Iterator[list[Any]]:
     """Let the model's own forward stop short of its logits.
 
     Within the context, each call of the model, however it is wrapped, adds to the list the hidden states
     `[..., H]` that its head was given, with their graph, and the head as it was then: where FSDP shards the
     parameters, they are whole only in the forward. Its `logits` are placeholders with one class. Call it
     without `labels`.
+
+    Args:
+        spec: The head.
+        read: Where the parameters are in pieces again once the head's forward is over (ZeRO-3): what to make
+            of hidden states and head within it, added to the list instead. A gradient reaches the head only
+            if what is differentiated is `tied` to the placeholder.
     """
-    captured: list[tuple[Tensor, Head]] = []
+    captured: list[Any] = []
 
     def stand_in(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        captured.append((hidden, spec.head(bias=extra)))
+        head = spec.head(bias=extra)
+        captured.append((hidden, head) if read is None else read(hidden, head))
+        if read is not None and hidden.requires_grad:
+            return hidden[..., :1]
         # DDP looks for unused parameters in the graph of what the forward returns: the head's must be there.
         touched = [p.reshape(-1)[:1].sum() for p in spec.linear.parameters() if p.requires_grad]
         return hidden[..., :1] + sum(touched, hidden.new_zeros(()))
@@ -124,6 +135,31 @@ def head_inputs(spec: HeadSpec) -> Iterator[list[tuple[Tensor, Head]]]:
             owner.final_logits_bias = bias.new_zeros(1, 1)
             stack.callback(setattr, owner, "final_logits_bias", bias)
         yield captured
+
+
+def tied(value: Tensor, placeholder: Tensor) -> Tensor:
+    """`value`, whose gradient passes the placeholder first, with 0 for it.
+
+    An engine that gathers parameters for a layer's backward does so when a gradient reaches that layer's
+    output; without this, none would.
+    """
+    if not (value.requires_grad and placeholder.requires_grad):
+        return value
+    return _Tied.apply(value, placeholder)
+
+
+class _Tied(torch.autograd.Function):
+    """The first of two tensors; the second gets a gradient of 0."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, placeholder: Tensor) -> Tensor:
+        ctx.like = placeholder.shape, placeholder.dtype, placeholder.device
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype, device = ctx.like
+        return gradients[0], torch.zeros(shape, dtype=dtype, device=device)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,8 @@ _MIN_TOKENS = 8
 _ALIGNED = 16
 # What BLAS and the allocator hold beside our own buffers.
 _OVERHEAD_BYTES = 8 << 20
+# Classes of a tile; a budget reserves for each token what this many tiles' statistics take.
+_NARROW = 512
 # A copy of some rows of the heads in the dtype of the maths, where theirs is another.
 _UPCAST_BYTES = 16 << 20
 
@@ -295,6 +297,8 @@ def make_plan(
     reserved = upcast_bytes + scratch * tile_bytes + min(_OVERHEAD_BYTES, chunk_bytes // 16)
     left = chunk_bytes - reserved
     tokens = max(_MIN_TOKENS, min(_MAX_TOKENS, left // (item * kept_columns + row_bytes)))
+    if not kept_columns:  # statistics are most of what is left: tiles not so narrow that there are many
+        tokens = max(_MIN_TOKENS, min(tokens, tile_bytes // (item * _NARROW)))
     # Equal chunks: a small last one would be slow.
     if tokens >= _ALIGNED:
         tokens = tokens // _ALIGNED * _ALIGNED
