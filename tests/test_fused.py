@@ -613,3 +613,28 @@ def test_frozen_head_without_keeping_tiles(monkeypatch, temperature, kind, maske
     out.loss.backward()
     assert out.loss.item() == pytest.approx(kept.loss.item())
     torch.testing.assert_close(hidden.grad, wanted[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("divergence", FUSED_DIVERGENCES)
+def test_on_a_gpu(divergence):
+    """The same code on CUDA, in fp32, gives the float64 oracle's value and gradient."""
+    problem = Problem(n=70, v=3001, teacher_v=3001)
+    wanted = problem.oracle(divergence=divergence)
+    leaves = [x.float().cuda().requires_grad_() for x in (problem.hidden, *vars_of(problem.head))]
+    given = [x.float().cuda() for x in (problem.teacher_hidden, *vars_of(problem.teacher_head))]
+    teacher = HiddenTeacher(given[0], Head(given[1], given[2]))
+    out = fused_distillation(
+        leaves[0], Head(leaves[1], leaves[2]), teacher=teacher, labels=problem.labels.cuda(),
+        kd_weights=problem.weights.cuda(), **DEFAULTS | {"divergence": divergence},
+    )  # fmt: skip
+    out.loss.backward()
+    assert abs(float(out.loss) - float(wanted[0])) <= 1e-5 * max(1.0, abs(float(wanted[0])))
+    for leaf, want in zip(leaves, wanted[1], strict=True):
+        assert (leaf.grad.cpu().double() - want).norm() <= 1e-5 * float(want.norm())
+
+
+def vars_of(head: Head) -> tuple[Tensor, Tensor]:
+    """Weight and bias."""
+    assert head.bias is not None
+    return head.weight, head.bias
