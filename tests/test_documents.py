@@ -21,6 +21,7 @@ import hf_kd
 from hf_kd import caching, cli
 from hf_kd.config import parse, parse_one
 from hf_kd.options import GenerateOptions
+from hf_kd.shrink_options import ShrinkOptions
 
 from . import documents
 from .documents import NOT_RUN, OTHERS, ROOT, RUN, SHORT, Block, blocks, commands
@@ -97,6 +98,8 @@ def check_options(command: str, rest: list[str]) -> None:
         return
     if command in ("distill", "check"):
         parse(rest)
+    elif command == "shrink":
+        parse_one(ShrinkOptions, rest)
     elif command == "generate":
         parse_one(GenerateOptions, rest)
     elif command == "cache" and rest[0] in ("plan", "verify") and rest[1].startswith("-"):
