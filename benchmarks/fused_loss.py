@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import gc
 import json
@@ -99,13 +100,19 @@ def fused(case: Case, **options: object) -> None:
     out.loss.backward()
 
 
+def _wide(logits: Tensor) -> Tensor:
+    """At least fp32."""
+    return logits if logits.dtype is torch.float64 else logits.float()
+
+
 def dense(case: Case, divergence: str = "forward_kl") -> None:
     """Logits and autograd, as a careful person writes it."""
     z = case.hidden @ case.weight.T
     with torch.no_grad():
         t = case.teacher_hidden @ case.teacher_weight.T
-    loss = 0.5 * F.cross_entropy(z.float(), case.labels)
-    log_q, log_p = F.log_softmax(z.float() / TEMPERATURE, -1), F.log_softmax(t.float() / TEMPERATURE, -1)
+    z, t = _wide(z), _wide(t)
+    loss = 0.5 * F.cross_entropy(z, case.labels)
+    log_q, log_p = F.log_softmax(z / TEMPERATURE, -1), F.log_softmax(t / TEMPERATURE, -1)
     if divergence == "forward_kl":
         terms = F.kl_div(log_q, log_p, reduction="none", log_target=True)
     else:
@@ -213,6 +220,27 @@ def measure(case: Case, methods: list[str], repeats: int) -> dict[str, list[dict
     return out
 
 
+def gradient_errors(case: Case, methods: list[str]) -> dict[str, float]:
+    """`|dh - dh64| / |dh64|` of each method's gradient of the hidden states; dh64 is dense in float64."""
+
+    def gradient(method: str, case: Case) -> Tensor:
+        case.hidden.grad = case.weight.grad = None
+        METHODS[method](case)
+        assert case.hidden.grad is not None
+        return case.hidden.grad.double()
+
+    exact = copy.copy(case)
+    for name in ("hidden", "weight", "teacher_hidden", "teacher_weight"):
+        value = getattr(case, name)
+        setattr(exact, name, value.detach().double().requires_grad_(value.requires_grad))
+    wanted = gradient("dense", exact)
+    return {
+        method: float((gradient(method, case) - wanted).norm() / wanted.norm())
+        for method in methods
+        if "floor" not in method
+    }
+
+
 def machine() -> dict[str, object]:
     """What the numbers depend on."""
     model = platform.processor()
@@ -282,6 +310,7 @@ def main() -> None:
     parser.add_argument("--methods", default=None, help="names separated by ';'")
     parser.add_argument("--masked", type=float, default=0.0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--errors", action="store_true", help="errors of gradients against float64 instead")
     parser.add_argument("--frozen", action="store_true", help="the student's head gets no gradient")
     parser.add_argument("--save", default=None, help="file under benchmarks/results to append to")
     parser.add_argument("--plot", default=None, help="draw what a file under benchmarks/results holds")
@@ -300,6 +329,10 @@ def main() -> None:
     )
     case.weight.requires_grad_(not arguments.frozen)
     methods = list(DEFAULT) if arguments.methods is None else arguments.methods.split(";")
+    if arguments.errors:
+        for method, error in gradient_errors(case, methods).items():
+            print(f"{method:28}{error:12.1e}", flush=True)
+        return
     found = measure(case, methods, arguments.repeats)
     base = None
     rows = []
