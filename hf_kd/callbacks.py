@@ -1,4 +1,4 @@
-"""What happens between steps: stop at a KL threshold, stop at a loss that is not a number."""
+"""What happens between steps: stop at a KL threshold, look at a step before it is applied."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .spikes import drop_step
 
 if TYPE_CHECKING:
     from .trainer import DistillationTrainer
@@ -44,8 +46,8 @@ class KLThresholdCallback(TrainerCallback):
             control.should_training_stop = True
 
 
-class FiniteLossCallback(TrainerCallback):
-    """Stop before the optimizer step when a term of the loss is not finite.
+class StepCallback(TrainerCallback):
+    """Look at every step before it is applied: is its loss finite, is it a spike (see `spikes.py`).
 
     Weights and the last checkpoint stay as they were. One device synchronisation per optimizer step.
     """
@@ -57,5 +59,10 @@ class FiniteLossCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raise `FloatingPointError` with the step, the term and the rows of the batch."""
-        self.trainer.raise_unless_finite()
+        """Raise `FloatingPointError` with the step, the term and the rows; drop the step; or end training."""
+        verdict = self.trainer.judge_step()
+        if verdict is not None:
+            drop_step(kwargs["optimizer"])
+        if verdict == "stop":
+            control.should_training_stop = True
+            control.should_save = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"

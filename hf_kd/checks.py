@@ -73,6 +73,12 @@ def _check_options(trainer: DistillationTrainer, report: Report) -> None:
     args = trainer.args
     if args.fp16 and args.device.type == "cpu":
         report.add("fp16", "fp16=True needs a GPU, but the device is 'cpu'; set bf16=True or leave both off.")
+    if args.spike_action != "warn" and trainer.is_deepspeed_enabled:
+        report.add(
+            "spike_action",
+            f"spike_action={args.spike_action!r} drops a step before it is applied, but DeepSpeed applies it "
+            "with the backward; set spike_action='warn'.",
+        )
     if args.kl_threshold is not None:
         if trainer.teacher is None or not trainer.distils:
             report.add("kl_threshold", f"kl_threshold={args.kl_threshold} needs a teacher with alpha > 0.")

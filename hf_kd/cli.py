@@ -66,8 +66,9 @@ student_layer_choice student_importance student_hidden_size student_num_attentio
 student_num_key_value_heads student_intermediate_size student_vocabulary student_max_parameters
 student_max_bytes student_max_latency_ms student_calibration_rows
 """.split(),
-    "Evaluation: on generated text; what the report has besides (docs/report.md)": """
-predict_with_generate generation_max_length generation_num_beams slices term_gradients watts
+    "Evaluation on generated text, report, steps that go wrong (docs/report.md, docs/reliability.md)": """
+predict_with_generate generation_max_length generation_num_beams slices term_gradients watts spike_action
+spike_threshold teacher_timeout
 """.split(),
     "Training the teacher first (with train_teacher)": """
 teacher_epochs teacher_learning_rate teacher_batch_size

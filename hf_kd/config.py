@@ -28,6 +28,7 @@ from hf_kd.losses.named import find
 from hf_kd.losses.vectors import VECTOR_LOSSES
 from hf_kd.options import DistillationOptions, RunOptions, nearest, raise_problems
 from hf_kd.student_options import NAMES as STUDENT_OPTIONS
+from hf_kd.trust import refuse_code
 
 # A flag for one of these drops what the YAML says about its siblings: they are ways to say the same thing.
 _ALTERNATIVES = (
@@ -114,7 +115,7 @@ class DistillationArguments(DistillationOptions, TrainingArguments):
         return {**values, **{name: _import_name(getattr(self, name)) for name in _CALLABLES}}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Trainer pickles its arguments beside each checkpoint, and a lambda cannot be pickled.
+        # Workers may be sent the arguments, and a lambda cannot be pickled.
         return {**self.__dict__, **{name: _import_name(getattr(self, name)) for name in _CALLABLES}}
 
 
@@ -303,7 +304,7 @@ def _read_yaml(parser: _Parser, config: str) -> dict[str, Any]:
     try:
         loader = _YamlLoader(text)
         root = loader.get_single_node()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         where = f"{source}, line {mark.line + 1}" if mark is not None else source
         raise ValueError(f"{where}: this is not YAML ({what}); write options as in `alpha: 0.5`") from None
@@ -321,8 +322,9 @@ def _read_yaml(parser: _Parser, config: str) -> dict[str, Any]:
             raise ValueError(f"{where}: {name!r} is set twice")
         try:
             values[name] = _convert(parser, name, value_node, loader)
-        except (ValueError, TypeError, ArgumentTypeError) as error:
+        except (ValueError, TypeError, ArgumentTypeError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"{where}: {name}: {error}") from None
+    refuse_code(Path(config), values, _CALLABLES)
     return values
 
 

@@ -30,6 +30,7 @@ SELF_TEACHER_NAMES = ("ema", "frozen", "adapters_off", "deeper")
 ENSEMBLE_WEIGHTING_NAMES = ("fixed", "learned", "confidence")
 QUANTIZATION_NAMES = ("int8-dynamic", "bnb-8bit", "bnb-4bit")
 CORRECTION_NAMES = ("none", "swap", "drop")
+SPIKE_ACTION_NAMES = ("warn", "skip", "stop")
 KD_WEIGHTING_NAMES = ("none", "confidence", "entropy")
 DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16", "float64")
 
@@ -110,6 +111,7 @@ class DistillationOptions:
     teacher_routes: dict[str, Any] | str | None = _option(
         None, """one teacher a row, by column teacher_id: '{"17": 0, "23": 1}'"""
     )
+    teacher_timeout: float | None = _option(None, "seconds that it may take for a batch (default: no limit)")
     self_teacher: str | None = _option(None, "the student's own: ema, frozen, adapters_off, deeper")
     exit_layers: list[int] | None = _option(None, "layers that the last one teaches (default: half way)")
     self_teacher_dropout: bool = _option(False, "leave its dropout on: another view of each row")
@@ -122,10 +124,12 @@ class DistillationOptions:
     server_timeout: float = _option(60.0, "seconds that it may take for one")
     server_retries: int = _option(5, "further tries after a failed one")
     server_api_key_env: str | None = _option(None, "environment variable that holds its key")
-    trust_remote_code: bool = _option(False, "run model code that comes with a checkpoint")
+    trust_remote_code: bool = _option(False, "run code of checkpoints, and metrics, from the Hub")
     predict_with_generate: bool = _option(False, "evaluate on text that the student generates")
     generation_max_length: int | None = _option(None, "its length in tokens (default: the model's)")
     generation_num_beams: int | None = _option(None, "its number of beams (default: the model's)")
+    spike_action: str = _option("warn", "a step far above those before it: warn, skip (drop it), stop")
+    spike_threshold: float = _option(8.0, "how far: robust standard deviations of its logarithm")
     sparse_estimator: str = _option("auto", "tail of a sparse teacher: auto (measured), tail, draws")
     term_gradients: int = _option(0, "times a run that the gradient norm of each term is measured and logged")
     fused: str = _option("auto", "loss without [tokens, vocabulary] logits: auto, on, off")
@@ -146,18 +150,6 @@ class DistillationOptions:
                 found.append(f"{name}={value} is outside [0, 1]: it is a weight, set e.g. {name}=0.5")
         if self.kl_threshold is not None and not self.kl_threshold > 0.0:
             found.append(f"kl_threshold={self.kl_threshold} is never reached: set a small positive number")
-        if self.term_gradients < 0:
-            found.append(f"term_gradients={self.term_gradients} is below 0: set e.g. 20, or 0 for none")
-        if self.term_gradients and any(getattr(self, f"{name}_weight") > 0 for name in FEATURE_WEIGHTS):
-            found.append(
-                f"term_gradients={self.term_gradients} tells task and distillation apart, but not losses on "
-                "layers: set it to 0, or their weights"
-            )
-        if self.term_gradients and self.self_teacher == "deeper":
-            found.append(
-                f"term_gradients={self.term_gradients} with self_teacher='deeper': one forward is both "
-                "terms; set it to 0"
-            )
         if self.fused_chunk_mib < 1:
             found.append(f"fused_chunk_mib={self.fused_chunk_mib} is below 1: set e.g. 256")
         for name, known in (
@@ -174,6 +166,7 @@ class DistillationOptions:
             ("ensemble_weighting", ENSEMBLE_WEIGHTING_NAMES),
             ("target_correction", CORRECTION_NAMES),
             ("kd_weighting", KD_WEIGHTING_NAMES),
+            ("spike_action", SPIKE_ACTION_NAMES),
         ):
             value = getattr(self, name)
             if value not in known:
@@ -181,9 +174,29 @@ class DistillationOptions:
         found += _mapping_problems(self, ("divergence_options", "teacher_routes"))
         if self.cache_miss == "compute" and not self.teacher_cache:
             found.append("cache_miss='compute' has no effect without teacher_cache: set it, or drop this")
-        found += self._schedule_problems() + self._server_problems()
+        found += self._schedule_problems() + self._server_problems() + self._watching_problems()
         found += self._teacher_problems() + self._ensemble_problems()
         return found + _feature_problems(self)
+
+    def _watching_problems(self) -> list[str]:
+        found = []
+        if self.term_gradients < 0:
+            found.append(f"term_gradients={self.term_gradients} is below 0: set e.g. 20, or 0 for none")
+        if self.term_gradients and any(getattr(self, f"{name}_weight") > 0 for name in FEATURE_WEIGHTS):
+            found.append(
+                f"term_gradients={self.term_gradients} tells task and distillation apart, but not losses on "
+                "layers: set it to 0, or their weights"
+            )
+        if self.term_gradients and self.self_teacher == "deeper":
+            found.append(
+                f"term_gradients={self.term_gradients} with self_teacher='deeper': one forward is both "
+                "terms; set it to 0"
+            )
+        if self.teacher_timeout is not None and not 0.0 < self.teacher_timeout < math.inf:
+            found.append(f"teacher_timeout={self.teacher_timeout} is not above 0 and finite: set e.g. 600")
+        if not 0.0 < self.spike_threshold < math.inf:
+            found.append(f"spike_threshold={self.spike_threshold} is not above 0 and finite: set e.g. 8")
+        return found
 
     def _schedule_problems(self) -> list[str]:
         found = []

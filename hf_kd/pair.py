@@ -14,6 +14,7 @@ from .features import Seen
 from .fusing import Fusion, HiddenStudent, Result
 from .projection import Projection
 from .tasks import Batch, Task
+from .teachers.deadline import deadline
 from .teachers.deeper import DeeperTeacher
 from .teachers.models import TEACHER_PREFIX, forward_parameters
 from .teachers.signal import Teacher, named_logits
@@ -27,14 +28,23 @@ class Pair:
         teacher: The teacher, if there is one.
         task: Their head.
         device: Where a projection is trained.
+        timeout: Seconds that the teacher may take for a batch; None: no limit.
 
     Attributes:
         projection: The trained map between the widths of two encoders; None where the widths agree.
     """
 
-    def __init__(self, student: nn.Module, teacher: Teacher | None, task: Task, *, device: Any) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | None,
+        task: Task,
+        *,
+        device: Any,
+        timeout: float | None = None,
+    ) -> None:
         """Look at the models."""
-        self.student, self.teacher, self.task = student, teacher, task
+        self.student, self.teacher, self.task, self.timeout = student, teacher, task, timeout
         self._parameters = forward_parameters(student)
         self.projection: Projection | None = None
         models = student, getattr(teacher, "model", None)
@@ -91,7 +101,7 @@ class Pair:
             return outputs, student, Exits(tuple(exits))
         if not distil or self.teacher is None:
             return outputs, student, None
-        with nullcontext() if seen is None else seen.on_teacher():
+        with nullcontext() if seen is None else seen.on_teacher(), deadline(self.timeout):
             signal = self.teacher(inputs)
         teacher = answer(signal, self.task, batch)
         if count(teacher) != len(student):
@@ -129,7 +139,8 @@ class Pair:
         def ask() -> Answer | None:
             if not distil or self.teacher is None:
                 return None
-            with nullcontext() if seen is None else seen.on_teacher():
-                return answer(fusion.ask(self.teacher, inputs), self.task, batch)
+            with nullcontext() if seen is None else seen.on_teacher(), deadline(self.timeout):
+                signal = fusion.ask(self.teacher, inputs)
+            return answer(signal, self.task, batch)
 
         return fusion.run(forward, ask, use)

@@ -19,6 +19,8 @@ import httpx2
 import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
 
 from hf_kd.pages import HTML_FILE, write_html
 from hf_kd.records import OPTIONS_FILE, TEACHER_FILE, write_options
@@ -30,6 +32,11 @@ if TYPE_CHECKING:
 RESULTS_FILE = "results.json"
 # Made by Trainer for itself, or written anew for the public.
 _NOT_PUBLIC = ("training_args.bin", TEACHER_FILE, OPTIONS_FILE, RESULTS_FILE, HTML_FILE)
+# States of training, which belong to no model.
+_OF_A_CHECKPOINT = {
+    "trainer_state.json", "checkpoint.json", "spikes.json", TEACHER_FILE, "target.json",
+    "sparse_estimator.json", "projections.safetensors", "ema.safetensors",
+}  # fmt: skip
 _ENDINGS = (".json", ".jinja", ".model", ".safetensors", ".txt", ".md", ".png")
 
 
@@ -131,6 +138,57 @@ def push(
         revision=revision or args.hub_revision,
         message=message or "A distilled student",
     )
+
+
+def push_checkpoint(trainer: DistillationTrainer, folder: Path) -> None:
+    """Upload the student of a checkpoint in the background, as `push_to_hub` and `hub_strategy` ask for.
+
+    From links of its own: the checkpoint may be deleted meanwhile. A further one waits for nobody: while an
+    upload is under way it is left out, unless `hub_always_push` is set.
+
+    Args:
+        trainer: Whose options say where to.
+        folder: The checkpoint.
+    """
+    args, strategy = trainer.args, HubStrategy(trainer.args.hub_strategy)
+    before: Any = trainer.push_in_progress
+    busy = before is not None and not before.is_done()
+    if not trainer.is_world_process_zero() or strategy == HubStrategy.END:
+        return
+    if busy and not args.hub_always_push:
+        return
+    trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+    whole_ones = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+    jobs = [_upload(trainer, folder, None)]
+    if strategy in whole_ones:
+        jobs.append(_upload(trainer, folder, whole_ones[strategy]))
+    if busy:
+        before.jobs.extend(jobs)
+    else:
+        made: Any = PushInProgress(jobs)  # type: ignore[arg-type]
+        trainer.push_in_progress = made
+
+
+def _upload(trainer: DistillationTrainer, folder: Path, inside: str | None) -> Any:
+    """Upload a checkpoint's model to the root of the repository, or all of it into a folder `inside` it."""
+    staging = tempfile.TemporaryDirectory(dir=folder.parent, prefix=".publish-")
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and (inside or (path.parent == folder and path.suffix in _ENDINGS)):
+            if inside is None and path.name in _OF_A_CHECKPOINT:
+                continue
+            target = Path(staging.name) / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link(path, target)
+    job = HfApi(token=trainer.args.hub_token).upload_folder(
+        repo_id=str(trainer.hub_model_id),
+        folder_path=staging.name,
+        path_in_repo=inside,
+        commit_message=f"Training in progress, step {trainer.state.global_step}",
+        revision=trainer.args.hub_revision,
+        run_as_future=True,
+    )
+    job.add_done_callback(lambda _: staging.cleanup())
+    return job
 
 
 def gather(folder: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hf_kd.results import Arm, Results
+from hf_kd.results import SPIKES, Arm, Results
 from hf_kd.slices import Interval
 
 # Rows of the table after the task's metrics: a label and how an arm shows it. A row no arm has is left out.
@@ -146,12 +146,14 @@ def _interval(score: Interval | None) -> tuple[str, str]:
 
 
 def headline(results: Results) -> list[tuple[str, str]]:
-    """The two ratios that the verdict rests on, in words."""
+    """The two ratios that the verdict rests on, in words; and steps of the training that went wrong."""
     shown = (("Quality kept", results.quality_kept), ("Gap closed", results.gap_closed))
-    return [
+    lines = [
         (label, f"not defined: {ratio.reason}" if ratio.value is None else _percent(ratio.value))
         for label, ratio in shown
     ]
+    happened = ", ".join(f"{count} {SPIKES[name]}" for name, count in results.spikes.items())
+    return [*lines, ("Training", happened)] if happened else lines
 
 
 def _table(results: Results, names: list[str]) -> Table:

@@ -26,8 +26,19 @@ from hf_kd.slices import Slice
 
 SCHEMA_VERSION = 3
 
+# No count of anything is above; integers of any size are not numbers that one can divide.
+_LARGEST = 1 << 63
+
 # Metrics that are a mean of zeros and ones over examples: their standard error follows from their value.
 PROPORTIONS = {"accuracy", "exact_match", "agreement"}
+
+# What the log counts of steps that went wrong, and how a report says it.
+SPIKES = {
+    "spikes_grad_norm": "spikes of the gradient's norm",
+    "spikes_kl": "spikes of the distillation term",
+    "kl_growth": "times that the distillation term grew",
+    "steps_skipped": "steps dropped",
+}
 
 
 @dataclass(frozen=True)
@@ -144,7 +155,7 @@ class Results:
     def __post_init__(self) -> None:
         """Refuse what no report could show."""
         problems = [f"arms has no {name!r}" for name in ("teacher", "student") if name not in self.arms]
-        if self.examples is not None and self.examples < 1:
+        if self.examples is not None and not 1 <= self.examples < _LARGEST:
             problems.append(f"examples is {self.examples}: give the number of evaluation rows, or None")
         for name, arm in self.arms.items():
             problems += [f"arms.{name}.{text}" for text in _arm_problems(arm, self.primary_metric)]
@@ -187,6 +198,14 @@ class Results:
             better = f"the control ({_number(control)}) is better than the teacher ({_number(teacher)})"
             return Ratio(None, better)
         return Ratio(self._lead(student, control) / gap)
+
+    @property
+    def spikes(self) -> dict[str, int]:
+        """How often a step went wrong, by what is counted (`hf_kd.spikes`); only what happened."""
+        last: dict[str, int] = {}
+        for row in self.training:
+            last |= {name: int(row[name]) for name in SPIKES if math.isfinite(row.get(name, math.nan))}
+        return last
 
     @property
     def scale(self) -> float | None:
@@ -258,7 +277,7 @@ class Results:
             raise FileNotFoundError(f"no results at {path}: give the results.json of a distillation run")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON, or is cut short ({error}): make it again") from error
         version = content.get("schema_version") if isinstance(content, dict) else None
         if type(version) is not int:
@@ -331,8 +350,11 @@ def _arm_problems(arm: Arm, primary_metric: str | None) -> list[str]:
     if primary_metric is not None and primary_metric not in arm.metrics:
         problems.append(f"metrics has no primary metric {primary_metric!r}, only {sorted(arm.metrics)}")
     for name in ("parameters", "bytes", "bytes_on_disk", "peak_memory"):
-        if (getattr(arm, name) or 0) < 0:
-            problems.append(f"{name} is {getattr(arm, name)}, below 0")
+        value = getattr(arm, name) or 0
+        if value < 0:
+            problems.append(f"{name} is {value}, below 0")
+        elif value >= _LARGEST:
+            problems.append(f"{name} is too large")
     agreement = arm.eval_agreement
     if agreement is not None and (agreement < 0 or agreement > 1):
         problems.append(f"eval_agreement is {agreement}, outside [0, 1]")

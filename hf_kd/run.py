@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 from transformers import PreTrainedModel
-from transformers.trainer_utils import HubStrategy, get_last_checkpoint
+from transformers.trainer_utils import HubStrategy
 
-from hf_kd import checks, report, served_run
+from hf_kd import checks, locks, report, served_run, whole
 from hf_kd.card import write_card
 from hf_kd.comparison import compare
 from hf_kd.config import DistillationArguments
@@ -52,8 +53,13 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
         The results on rank 0, None on the others and where the teacher is a server.
 
     Raises:
-        ValueError: What does not exist or does not fit, before any training.
+        ValueError: What does not exist or does not fit, before any training; or another run in `output_dir`.
     """
+    with locks.output_dir(args.folder) if args.process_index == 0 else nullcontext():
+        return _distill(run, args)
+
+
+def _distill(run: RunOptions, args: DistillationArguments) -> Results | None:
     if is_address(run.teacher):
         resume = _checkpoint(args.resume_from_checkpoint, args.folder)
         served_run.distill(run, args, described=describe, control=train_control, resume=resume)
@@ -239,4 +245,4 @@ def _checkpoint(wish: str | None, folder: Path) -> str | None:
         return None
     if wish.lower() not in ("true", "yes", "1", "last"):
         return wish
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return whole.newest(folder)

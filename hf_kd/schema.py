@@ -45,7 +45,11 @@ def build(hint: Any, raw: Any, where: str, problems: list[str]) -> Any:
         return [build(parts[0], item, f"{where}[{i}]", problems) for i, item in enumerate(raw)]
     if kind is dict:
         return {key: build(parts[1], item, f"{where}.{key}", problems) for key, item in raw.items()}
-    return kind(raw)
+    try:
+        return kind(raw)
+    except OverflowError:
+        problems.append(f"{where} is too large")
+        return None
 
 
 def _build_dataclass(cls: Any, raw: dict[str, Any], where: str, problems: list[str]) -> Any:

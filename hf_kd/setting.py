@@ -23,12 +23,14 @@ from hf_kd.data.processors import load_processor
 from hf_kd.data.sources import load_raw
 from hf_kd.fresh import build_model, fresh_student
 from hf_kd.loading import check_path, load_model, task_of_checkpoint
-from hf_kd.options import RunOptions, as_mapping, raise_problems, without_features
+from hf_kd.metrics import BUILT_IN
+from hf_kd.options import RunOptions, as_mapping, nearest, raise_problems, without_features
 from hf_kd.records import write_text
 from hf_kd.students.memory import VOCABULARY
 from hf_kd.tasks import TASKS
 from hf_kd.teachers.quantise import loading_options
 from hf_kd.trainer import DistillationTrainer
+from hf_kd.trust import code_metrics
 from hf_kd.waiting import is_read, waiting
 
 TRAINED_FILE = "trained.json"
@@ -166,6 +168,11 @@ def _load_named(run: RunOptions, args: DistillationArguments) -> tuple[DatasetDi
         problems.append(
             f"teacher_quantization={args.teacher_quantization!r} loads the teacher in few bits, of which no "
             "student can be made: set student to a checkpoint"
+        )
+    for name in [] if args.trust_remote_code else code_metrics(run.metrics):
+        problems.append(
+            f"metrics: {name!r} is not built in{nearest(name, BUILT_IN)}; one of the Hub is a program: set "
+            f"trust_remote_code=true to run it, or use one of {', '.join(sorted(BUILT_IN))}"
         )
     task = run.task
     if task is None and run.teacher:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .objective import Terms
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step whose loss is finite: the norm of its gradient, and its distillation term; None: not there."""
+
+    norm: float | None
+    kl: float | None
 
 
 class TermLog:
@@ -31,8 +40,16 @@ class TermLog:
             if value is not None:
                 self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
-    def end_step(self, accelerator: Any, *, step: int) -> None:
+    def end_step(self, accelerator: Any, *, step: int, norm: Any = None) -> Step:
         """Close a step before its gradient is applied.
+
+        Args:
+            accelerator: For the sums over ranks; there is one, and one device synchronisation.
+            step: Its number.
+            norm: Of its gradient before clipping, as Trainer gives it: a number, a tensor, or one of FSDP's.
+
+        Returns:
+            What all ranks agree on.
 
         Raises:
             FloatingPointError: On every rank, if a term of any rank is not finite; names the step, the term
@@ -41,10 +58,17 @@ class TermLog:
         window, self._window = self._window, []
         self._steps += 1
         bad = ~torch.stack([terms.loss.detach().isfinite() for terms, _ in window]).all()
+        kds = [terms.kd for terms, _ in window if terms.kd is not None]
+        kd = torch.stack(kds).sum() if kds else torch.zeros_like(window[0][0].loss)
+        facts = torch.stack([bad.to(kd.dtype), kd.detach()])
+        if norm is not None:
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
+            facts = torch.cat([facts, norm.detach().to(facts).reshape(1)])
         if accelerator.num_processes > 1:
-            bad = accelerator.reduce(bad.float(), reduction="sum")
-        if not bad:
-            return
+            facts = accelerator.reduce(facts, reduction="mean")
+        bad_share, kl, *norms = facts.tolist()
+        if not bad_share:
+            return Step(norm=norms[0] if norms else None, kl=kl if kds else None)
         for terms, rows in window:
             parts = {"task": terms.task, "distillation": terms.kd, **terms.features, "total": terms.loss}
             for name, value in parts.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,11 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import checks, sharding
+from . import checks, locks, ranks, sharding, whole
 from . import projection as projections
 from .alignment import AlignmentError, ClassMap
 from .balance import Balance
-from .callbacks import FiniteLossCallback, KLThresholdCallback
+from .callbacks import KLThresholdCallback, StepCallback
 from .checkpoints import restore_renamed
 from .config import DistillationArguments
 from .estimator import Estimator, settle
@@ -41,11 +42,13 @@ from .pair import Pair
 from .predictions import Generation, predictions
 from .projection import Projection
 from .provenance import Meter
+from .publish import push_checkpoint
 from .records import TEACHER_FILE, check_teacher, write_options, write_teacher
 from .results import Results
 from .rows import ROW, RowCollator, RowDataset
 from .schedules import schedule
 from .settling import Settled
+from .spikes import SpikeWatch
 from .students import memory
 from .targets import Target
 from .tasks import TEXT_ENDS, Batch, Supervision, Task, resolve_task
@@ -101,6 +104,8 @@ class DistillationTrainer(Trainer):
     objective: Objective
     #: What the command line was told about models and data; saved with the other options.
     run_options: dict[str, Any] | None = None
+    #: Where a checkpoint is written before it is put in its place.
+    staging: str | None = None
 
     # The loss is normalised by the counts of the whole step, over accumulation and ranks.
     loss_is_scaled_for_ga = True
@@ -158,7 +163,9 @@ class DistillationTrainer(Trainer):
         self.settled: Settled | None = None  # temperature, calibration and weights that are measured
         for note in classes.notes:
             logger.warning(note)
-        self.pair = Pair(self.student, self.teacher, self.task, device=args.device)
+        self.pair = Pair(
+            self.student, self.teacher, self.task, device=args.device, timeout=args.teacher_timeout
+        )
         self.features = Features(args, self.student, self.teacher, self.task)
         self.projections = nn.ModuleDict(dict(self.features.projections))
         if self.pair.projection is not None:
@@ -181,7 +188,9 @@ class DistillationTrainer(Trainer):
         self.balance = Balance(args.term_gradients)
         #: Instead of the mix of the step, while a term is looked at by itself.
         self.fixed_mix: Mix | None = None
-        self.add_callback(FiniteLossCallback(self))
+        self.spikes = SpikeWatch()  # of the run in hand
+        self._grad_norm: Any = None
+        self.add_callback(StepCallback(self))
         if isinstance(self.teacher, EMATeacher):
             self.add_callback(EMACallback(self, self.teacher))
         if isinstance(self.teacher, CachedTeacher) and self.teacher.live is not None:
@@ -224,16 +233,25 @@ class DistillationTrainer(Trainer):
     # ---- start ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Check everything, then train; see `Trainer.train`.
+        """Check everything, then train; see `Trainer.train`. `True` resumes the newest whole checkpoint.
 
         Raises:
-            ValueError: All problems of models, data and options in one message.
+            ValueError: All problems of models, data and options in one message; or another run works in
+                `output_dir`, or the checkpoint is not whole.
+            RankError: When another rank is gone or silent.
             FloatingPointError: When a term of the loss is not finite; names step, term and rows.
         """
         self.check(training=True)
         sharding.refuse_pieces(self.student, self.accelerator)
-        with projections.attached(self.student, self.projections), self.features.ready():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+        home = Path(self._get_output_dir(kwargs.get("trial")))
+        mine = locks.output_dir(home) if self.is_world_process_zero() else nullcontext()
+        with mine, ranks.explained(self):
+            if self.is_world_process_zero():
+                whole.sweep(home)
+            self.spikes = SpikeWatch(self.args.spike_action, self.args.spike_threshold)
+            resume = whole.resumable(resume_from_checkpoint, home)
+            with projections.attached(self.student, self.projections), self.features.ready():
+                return super().train(resume, *args, **kwargs)
 
     def check(self, *, training: bool) -> None:
         """Run the pre-flight checks once; log warnings, raise problems."""
@@ -255,6 +273,7 @@ class DistillationTrainer(Trainer):
             self.settled = (Settled.load(Path(resume_from_checkpoint)) or self.settled).apply(self.teacher)
         if self.args.sparse_estimator == "auto":
             self.estimator = Estimator.load(Path(resume_from_checkpoint))
+        self.spikes.load(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._restore_renamed(resume_from_checkpoint)
         if self.projections:
@@ -429,9 +448,20 @@ class DistillationTrainer(Trainer):
 
     # ---- what the log says ----
 
-    def raise_unless_finite(self) -> None:
-        """Raise on every rank if a term of the step in hand is not finite; before the optimizer step."""
-        self.terms.end_step(self.accelerator, step=self.state.global_step + 1)
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._grad_norm
+
+    def judge_step(self) -> str | None:
+        """Look at the step in hand before it is applied: None, "skip" or "stop", on every rank alike.
+
+        Raises:
+            FloatingPointError: On every rank, if a term of any rank or the gradient is not finite.
+        """
+        number = self.state.global_step + 1
+        step = self.terms.end_step(self.accelerator, step=number, norm=self._grad_norm)
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        return self.spikes.judge(step=number, norm=step.norm, kl=step.kl, scaled=scaled)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each term of the loss, averaged over ranks and over the steps since the last log."""
@@ -440,6 +470,8 @@ class DistillationTrainer(Trainer):
             for name in ("alpha", "temperature"):
                 if getattr(self.args, f"{name}_schedule") != "constant":
                     logs[name] = getattr(self.mix(), name)
+        if "loss" in logs or "train_runtime" in logs:
+            logs.update(self.spikes.logs())
         super().log(logs, start_time)
 
     # ---- evaluation ----
@@ -522,6 +554,8 @@ class DistillationTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             write_options(folder, self)
+            if _internal_call:
+                self.spikes.save(folder)
             if _internal_call and isinstance(self.teacher, EMATeacher):
                 self.teacher.save(folder)
             if _internal_call and self.settled is not None:
@@ -540,9 +574,26 @@ class DistillationTrainer(Trainer):
         return push(self, commit_message, **options)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Trainer's own also pickles its arguments; `distillation.yaml` has them.
+        if not self.args.should_save and not self.is_distributed_loading_by_transformers:
+            return
         if self.projections:
             state_dict = projections.without(self.student.state_dict() if state_dict is None else state_dict)
-        super()._save(output_dir, state_dict)
+        whole.save_student(self, Path(output_dir or str(self.args.output_dir)), state_dict)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        home = self._get_output_dir(trial)
+        with whole.written(self, home):
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(f"{home}/checkpoint-{self.state.global_step}")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.staging is None:
+            push_checkpoint(self, Path(checkpoint_folder))
 
 
 def _task_name(task: str | Task | None) -> str | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_kd.card import write_card
 from hf_kd.options import RunOptions
 from hf_kd.pages import write_html
-from hf_kd.publish import publish, without_paths
+from hf_kd.publish import publish, push_checkpoint, without_paths
 
 from .hub import hub
 from .test_report import results
@@ -107,3 +110,64 @@ def test_only_the_last_part_of_a_path_is_public(tmp_path):
         "b": "owner/model",
         "c": 3,
     }
+
+
+class FakeHub:
+    """`HfApi` whose uploads begin when they are let go; keeps what each one sent."""
+
+    pool = ThreadPoolExecutor(1)
+
+    def __init__(self, gate, sent):
+        self.gate, self.sent = gate, sent
+
+    def __call__(self, token=None):
+        return self
+
+    def upload_folder(self, *, folder_path, path_in_repo, run_as_future, **kwargs):
+        assert run_as_future
+
+        def upload():
+            self.gate.wait(30)
+            folder = Path(folder_path)
+            files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+            self.sent.append((kwargs["commit_message"], path_in_repo, files))
+
+        return self.pool.submit(upload)
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints", "end"])
+def test_checkpoints_are_uploaded_without_a_pickle(tmp_path, monkeypatch, strategy):
+    """In the background, from links of their own: the checkpoint may be deleted before the upload begins."""
+    import threading
+
+    gate, sent = threading.Event(), []
+    monkeypatch.setattr("hf_kd.publish.HfApi", FakeHub(gate, sent))
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    for name in ("model.safetensors", "config.json", "optimizer.pt", "trainer_state.json", "checkpoint.json"):
+        (folder / name).write_text(name)
+    args = SimpleNamespace(hub_strategy=strategy, hub_always_push=False, hub_token=None, hub_revision=None)
+    trainer = SimpleNamespace(
+        args=args,
+        push_in_progress=None,
+        is_world_process_zero=lambda: True,
+        hub_model_id="a/b",
+        control=None,
+        state=SimpleNamespace(global_step=5),
+        callback_handler=SimpleNamespace(on_push_begin=lambda *a: None),
+    )
+    push_checkpoint(trainer, folder)
+    push_checkpoint(trainer, folder)  # one is under way: this one is left out
+    shutil.rmtree(folder)
+    gate.set()
+    if strategy == "end":
+        assert trainer.push_in_progress is None
+        return
+    trainer.push_in_progress.wait_until_done()
+    expected = [(None, ["config.json", "model.safetensors"])]
+    if strategy != "every_save":
+        inside = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-5"}[strategy]
+        names = ["checkpoint.json", "config.json", "model.safetensors", "optimizer.pt", "trainer_state.json"]
+        expected.append((inside, names))
+    assert [entry[1:] for entry in sent] == expected
+    assert not list(tmp_path.glob("**/training_args.bin"))

@@ -287,6 +287,7 @@ def test_check_returns_the_problems(texts, tmp_path):
 def test_resume_means_the_last_checkpoint_or_a_path(tmp_path, wish, expected):
     for step in (3, 20):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     found = runs._checkpoint(wish, tmp_path)
     assert found == (str(tmp_path / expected) if wish == "true" else expected)
     assert runs._checkpoint("true", tmp_path / "nothing") is None
