@@ -14,10 +14,12 @@ import typing
 from argparse import Action, ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -69,9 +71,13 @@ class DistillationArguments(DistillationOptions, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        _claim_cpu_ranks()
+        _claim_cpu_ranks(self)
         TrainingArguments.__post_init__(self)
         self.validate()
+
+    def __repr__(self) -> str:
+        # The dataclass's own would show tokens, which Trainer's leaves out.
+        return TrainingArguments.__str__(self)
 
     @property
     def folder(self) -> Path:
@@ -119,13 +125,17 @@ class DistillationArguments(DistillationOptions, TrainingArguments):
         return {**self.__dict__, **{name: _import_name(getattr(self, name)) for name in _CALLABLES}}
 
 
-def _claim_cpu_ranks() -> None:
+def _claim_cpu_ranks(args: DistillationArguments) -> None:
     """Let several processes train on the CPU.
 
     Accelerate takes several ranks to mean several devices and, where there are none, runs each rank alone.
+    Trainer leaves `ddp_timeout` out on the CPU: a rank that stalls would hold the others for half an hour.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or (torch.accelerator.is_available() and not args.use_cpu):
+        return
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    if not dist.is_initialized() and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(args.ddp_backend or "gloo", timeout=timedelta(seconds=args.ddp_timeout))
 
 
 def _import_name(value: Any) -> Any:

@@ -49,10 +49,26 @@ def alone(folder: Path, refused: Callable[[], Exception]) -> Iterator[None]:
 
 def _opened(folder: Path) -> IO[str]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        made(folder)
         return (folder / LOCK_FILE).open("w")
     except OSError as error:
-        raise ValueError(f"{folder} can't be written ({error.strerror}): choose another folder") from error
+        raise _unwritable(folder, error) from error
+
+
+def made(folder: Path) -> None:
+    """Make a folder, if it is not there.
+
+    Raises:
+        ValueError: If it can't be: no permission, or a file has its name.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> ValueError:
+    return ValueError(f"{folder} can't be written ({error.strerror}): choose another folder")
 
 
 def output_dir(folder: Path) -> contextlib.AbstractContextManager[None]:

@@ -136,6 +136,7 @@ class DistillationTrainer(Trainer):
                 trust_remote_code=args.trust_remote_code,
                 new_head=True,
             )
+        locks.made(args.folder)
         super().__init__(model=model, args=args, **kwargs)
         self.task = resolve_task(task, self.model, supervise=args.supervise)
         self.teacher = resolve_teacher(

@@ -98,9 +98,7 @@ def find_head(model: nn.Module, batch: Mapping[str, Any]) -> HeadSpec:
 
 
 @contextlib.contextmanager
-def head_inputs(
-    spec: HeadSpec, read: Callable[[Tensor, Head], Any] | None = None
-) -> Iterator[list[Any]]:
+def head_inputs(spec: HeadSpec, read: Callable[[Tensor, Head], Any] | None = None) -> Iterator[list[Any]]:
     """Let the model's own forward stop short of its logits.
 
     Within the context, each call of the model, however it is wrapped, adds to the list the hidden states
