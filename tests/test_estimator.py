@@ -23,6 +23,7 @@ from hf_kd.losses.fused import fused_distillation
 from hf_kd.losses.tiles import LOG_MOST_RATIO, Head
 from hf_kd.objective import Counts, Mix, select
 from hf_kd.sample import _spread, sample_batches
+from hf_kd.whole import LIST_FILE
 
 from .fidelities import FidelityTeacher
 from .test_checks import problems
@@ -157,6 +158,7 @@ def test_auto_is_measured_logged_and_kept(tmp_path: Path, caplog: pytest.LogCapt
     assert logged[0]["sparse_angle_draws"] == pytest.approx(made.estimator.angle_draws)
     assert 0 < made.estimator.control == pytest.approx(logged[0]["sparse_control"])
     path = tmp_path / "checkpoint-2" / ESTIMATOR_FILE
+    (path.parent / LIST_FILE).unlink()  # which would tell that the file was changed
     record = json.loads(path.read_text())
     assert Estimator(**record) == made.estimator
     path.write_text(json.dumps({**record, "name": "tail"}))

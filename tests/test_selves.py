@@ -83,7 +83,7 @@ def test_resumed_run_is_the_same_run(tmp_path: Path) -> None:
         for a, b in zip(one.parameters(), other.parameters(), strict=True):
             assert torch.equal(a, b)
     (tmp_path / "checkpoint-2" / EMA_FILE).unlink()
-    with pytest.raises(ValueError, match=f"has no {EMA_FILE}"):
+    with pytest.raises(ValueError, match=f"{EMA_FILE} is missing"):
         trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
