@@ -364,3 +364,15 @@ def test_squad_answers_survive_json(tmp_path):
     row = {"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": [0]}}
     raw = load(write(tmp_path / "squad.jsonl", "\n".join([json.dumps(row)] * 4)))
     assert raw["train"][0]["answers"] == {"text": ["c"], "answer_start": [0]}
+
+
+@pytest.mark.parametrize("text", ['null{"a": 1}\n', "null\n", '{"a": 1}\n  null\n{"a": 2}\n'])
+def test_a_row_of_null_is_refused_before_the_reader_sees_it(tmp_path, text):
+    """Found by fuzzing: pyarrow ends the process where a block of a JSON file begins with null."""
+    number = 1 if text.startswith("null") else 2
+    for name in ("rows.json", "rows.jsonl"):
+        path = write(tmp_path / name, text)
+        with pytest.raises(ValueError, match=rf"{name}, line {number}: null is not a row"):
+            load(path)
+    path = write(tmp_path / "fine.jsonl", '{"a": null}\n{"a": "null"}\n' * 20)
+    assert len(load(path)["train"]) > 20

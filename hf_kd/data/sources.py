@@ -159,6 +159,8 @@ def _load_files(files: dict[str, list[Path]], options: RunOptions) -> dict[str, 
     if ending == ".txt":
         settings = {"keep_linebreaks": True}
     names = {split: [str(p) for p in paths] for split, paths in files.items()}
+    for path in (p for paths in files.values() for p in paths if p.suffix.lower() in (".json", ".jsonl")):
+        _refuse_null_rows(path)
     try:
         if len(endings) == 1:
             return _by_split(load_dataset(_READERS[ending], data_files=names, **settings))
@@ -171,6 +173,17 @@ def _load_files(files: dict[str, list[Path]], options: RunOptions) -> dict[str, 
             f"dataset: {', '.join(p for paths in names.values() for p in paths)} cannot be read as "
             f"{' or '.join(sorted(endings))}: {cause}. Check the file, or name its columns with column_names"
         ) from error
+
+
+def _refuse_null_rows(path: Path) -> None:
+    """A line that begins with null is no row, and ends the process in pyarrow's reader (26.0.1)."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.lstrip().startswith(b"null"):
+                raise ValueError(
+                    f"dataset: {path}, line {number}: null is not a row; give one object a line, as in "
+                    """{"text": "..."}"""
+                )
 
 
 def _table_settings(path: Path, options: RunOptions) -> dict[str, Any]:

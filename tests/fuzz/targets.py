@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import torch
 
 from hf_kd import whole
@@ -123,6 +124,7 @@ def dataset(data: bytes) -> None:
     from hf_kd.data.sources import load_raw
     from hf_kd.options import RunOptions
 
+    datasets.disable_progress_bars()
     kind = ("json", "csv", "txt", "parquet")[(data[0] if data else 0) % 4]
     path = _file(f"data.{kind}", data[1:])
     try:
