@@ -29,11 +29,10 @@ gradient over 2,048 positions. Draws made together (a fixed number per position)
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +43,7 @@ from torch import Tensor
 from .fusing import HiddenStudent
 from .losses.tiles import SparseTeacher
 from .objective import Counts, Objective, select
-from .records import write_text
+from .records import read_record, write_record
 from .sample import sample_batches
 from .teachers.signal import SparseSignal
 
@@ -90,13 +89,12 @@ class Estimator:
 
     def save(self, folder: Path) -> None:
         """Record the choice in a checkpoint."""
-        write_text(folder / ESTIMATOR_FILE, json.dumps(asdict(self), indent=2) + "\n")
+        write_record(folder / ESTIMATOR_FILE, self)
 
     @staticmethod
     def load(folder: Path) -> Estimator | None:
         """The choice of a checkpoint, if it has one."""
-        path = folder / ESTIMATOR_FILE
-        return Estimator(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        return read_record(folder / ESTIMATOR_FILE, Estimator)
 
 
 def settle(trainer: DistillationTrainer) -> Estimator:

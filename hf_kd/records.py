@@ -8,12 +8,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 if TYPE_CHECKING:
     from .trainer import DistillationTrainer
+
+Record = TypeVar("Record")
 
 OPTIONS_FILE = "distillation.yaml"
 TEACHER_FILE = "teacher.json"
@@ -29,6 +31,25 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Write a flat dataclass as JSON."""
+    write_text(path, json.dumps(asdict(record), indent=2) + "\n")
+
+
+def read_record(path: Path, kind: type[Record]) -> Record | None:
+    """What `write_record` wrote; None if there is no file.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        return kind(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): resume from another checkpoint") from error
 
 
 def resolved_options(args: Any) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from .answers import answer, logits_of, pick
 from .matching import first_eval_dataset
 from .objective import select
-from .records import write_text
+from .records import read_record, write_record
 from .sample import sample_batches
 from .teachers.ensemble import Ensemble, learned_weights
 from .teachers.signal import SparseSignal
@@ -60,13 +59,12 @@ class Settled:
 
     def save(self, folder: Path) -> None:
         """Record it in a checkpoint."""
-        write_text(folder / TARGET_FILE, json.dumps(asdict(self), indent=2) + "\n")
+        write_record(folder / TARGET_FILE, self)
 
     @staticmethod
     def load(folder: Path) -> Settled | None:
         """What a checkpoint recorded, if it did."""
-        path = folder / TARGET_FILE
-        return Settled(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        return read_record(folder / TARGET_FILE, Settled)
 
 
 def settle(trainer: DistillationTrainer) -> Settled:

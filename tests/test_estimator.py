@@ -340,3 +340,13 @@ def test_samples_are_spread(count: int, size: int, most: int) -> None:
     assert len(ranges) == min(most, -(-count // size))
     assert all(0 <= i < count for i in indices)
     assert not count or ranges[0][0] == 0
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"nome": "tail"}', "null"])
+def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
+    """What a checkpoint says of the estimator is read back or refused, with the file and the way out."""
+    Estimator("draws").save(tmp_path)
+    assert Estimator.load(tmp_path) == Estimator("draws")
+    (tmp_path / ESTIMATOR_FILE).write_text(text)
+    with pytest.raises(ValueError, match=f"{ESTIMATOR_FILE} is damaged.*another checkpoint"):
+        Estimator.load(tmp_path)
