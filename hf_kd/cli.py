@@ -171,7 +171,7 @@ def generate(argv: list[str]) -> int:
 
 def shrink(argv: list[str]) -> int:
     """Cut a student from a teacher, save it with its tokenizer, and print what it starts from."""
-    from hf_kd.shrink_options import ShrinkOptions
+    from hf_kd.options import ShrinkOptions
 
     if "--help" in argv or "-h" in argv or not argv:
         lines = ["usage: hf-kd shrink [--config FILE] [--OPTION VALUE ...]     (flags beat the file)", ""]

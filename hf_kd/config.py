@@ -29,7 +29,7 @@ from hf_kd.losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES
 from hf_kd.losses.named import find
 from hf_kd.losses.vectors import VECTOR_LOSSES
 from hf_kd.options import DistillationOptions, RunOptions, nearest, raise_problems
-from hf_kd.student_options import NAMES as STUDENT_OPTIONS
+from hf_kd.options.student import NAMES as STUDENT_OPTIONS
 from hf_kd.trust import refuse_code
 
 # A flag for one of these drops what the YAML says about its siblings: they are ways to say the same thing.

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kd.data.prepare import Prepared
-from hf_kd.student_options import TRAINING_ROWS, StudentOptions
+from hf_kd.options.student import TRAINING_ROWS, StudentOptions
 from hf_kd.students import init_student, trim_vocabulary
 from hf_kd.students.memory import VOCABULARY
 

@@ -22,7 +22,7 @@ from .losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES, attention_kl, rela
 from .losses.named import find
 from .losses.vectors import cosine
 from .objective import Counts, Terms
-from .options import FEATURE_WEIGHTS
+from .options.layers import FEATURE_WEIGHTS
 from .positions import positions_of
 from .projection import Projection
 from .taps import SEEN_KERNELS, SelfAttention, Tap, Value, find_self_attention, tapped

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from hf_kd import cutting, student_options
+from hf_kd import cutting
 from hf_kd.config import DistillationArguments
 from hf_kd.data.labels import describe_labels
 from hf_kd.data.prepare import Prepared, prepare
@@ -25,6 +25,7 @@ from hf_kd.fresh import build_model, fresh_student
 from hf_kd.loading import check_path, load_model, task_of_checkpoint
 from hf_kd.metrics import BUILT_IN
 from hf_kd.options import RunOptions, as_mapping, nearest, raise_problems, without_features
+from hf_kd.options.student import NAMES as STUDENT_OPTIONS
 from hf_kd.records import write_text
 from hf_kd.students.memory import VOCABULARY
 from hf_kd.tasks import TASKS
@@ -47,7 +48,7 @@ _ALONE: dict[str, Any] = {
 # Options that have no say in what a trained teacher becomes.
 _NOT_THE_TEACHERS = (
     *"student student_config control metrics test_split test_file max_eval_samples slices watts".split(),
-    *student_options.NAMES,
+    *STUDENT_OPTIONS,
 )
 _OF_TRAINING = """
 num_train_epochs max_steps learning_rate per_device_train_batch_size gradient_accumulation_steps warmup_steps

@@ -23,8 +23,8 @@ from hf_kd.data.processors import load_processor
 from hf_kd.data.sources import load_raw
 from hf_kd.loading import load_model, task_of_checkpoint
 from hf_kd.measure import count_parameters, model_bytes
+from hf_kd.options import ShrinkOptions
 from hf_kd.records import write_text
-from hf_kd.shrink_options import ShrinkOptions
 from hf_kd.students import remembered_layers
 from hf_kd.students.depth import find_stacks
 from hf_kd.trainer import DistillationTrainer

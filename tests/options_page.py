@@ -13,8 +13,7 @@ from transformers import TrainingArguments
 
 from hf_kd.cli import SPECIAL, TRAINING
 from hf_kd.config import DistillationArguments
-from hf_kd.options import DistillationOptions, GenerateOptions, RunOptions
-from hf_kd.shrink_options import ShrinkOptions
+from hf_kd.options import DistillationOptions, GenerateOptions, RunOptions, ShrinkOptions
 
 _INTRO = """# Options
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from hf_kd.options import DistillationOptions, GenerateOptions, RunOptions
-from hf_kd.shrink_options import ShrinkOptions
+from hf_kd.options import DistillationOptions, GenerateOptions, RunOptions, ShrinkOptions
 
 from . import losses_page, options_page
 from .heads_table import table

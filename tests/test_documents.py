@@ -20,8 +20,7 @@ from transformers import (
 import hf_kd
 from hf_kd import caching, cli
 from hf_kd.config import parse, parse_one
-from hf_kd.options import GenerateOptions
-from hf_kd.shrink_options import ShrinkOptions
+from hf_kd.options import GenerateOptions, ShrinkOptions
 
 from . import documents
 from .documents import NOT_RUN, OTHERS, ROOT, RUN, SHORT, Block, blocks, commands

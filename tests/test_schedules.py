@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_kd.options import SCHEDULE_NAMES
+from hf_kd.options.loss import SCHEDULE_NAMES
 from hf_kd.schedules import SCHEDULES, schedule
 
 weights = st.floats(0, 1)

@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_kd import DistillationArguments, DistillationTrainer
 from hf_kd.cli import main
 from hf_kd.data.processors import train_tokenizer
-from hf_kd.options import SERVER_FORMAT_NAMES, DistillationOptions
+from hf_kd.options import DistillationOptions
+from hf_kd.options.teacher import SERVER_FORMAT_NAMES
 from hf_kd.teachers import transport
 from hf_kd.teachers.server import ServedTeacher, is_address, spelling_of
 from hf_kd.teachers.signal import SparseSignal, TeacherSignal

@@ -21,8 +21,8 @@ from hf_kd.cli import main
 from hf_kd.config import parse
 from hf_kd.data.processors import make_image_processor, train_tokenizer
 from hf_kd.options import RunOptions
+from hf_kd.options.student import NAMES
 from hf_kd.setting import _head, load
-from hf_kd.student_options import NAMES
 
 LINES = [f"{'a good' if i % 2 else 'a bad'} film number {i} about dogs" for i in range(40)]
 

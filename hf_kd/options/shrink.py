@@ -4,30 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from hf_kd.options import DTYPE_NAMES, RunOptions, _option, raise_problems
-from hf_kd.student_options import TRAINING_ROWS, StudentOptions
+from .fields import DTYPE_NAMES, option, raise_problems
+from .run import RunOptions
+from .student import TRAINING_ROWS, StudentOptions
 
 
 @dataclass(kw_only=True)
 class ShrinkOptions(StudentOptions):
     """A teacher, how a student is cut from it, and the data on which that is measured."""
 
-    teacher: str | None = _option(None, "Hub id or directory of the teacher")
-    teacher_revision: str | None = _option(None, "its branch, tag or commit on the Hub")
-    teacher_dtype: str | None = _option(None, "dtype of both (default: its checkpoint's)")
-    trust_remote_code: bool = _option(False, "run model code that comes with its checkpoint")
-    task: str | None = _option(None, "e.g. causal-lm (default: from the teacher's class)")
-    processor: str | None = _option(None, "tokenizer or image processor (default: the teacher's)")
-    output_dir: str | None = _option(None, "folder of the student: model, processor, shrink.json")
-    overwrite: bool = _option(False, "write into a folder that is not empty")
-    dataset: str | None = _option(None, "rows to measure on: Hub id, directory, file, builtin:digits")
-    dataset_config: str | None = _option(None, "configuration of a Hub dataset, e.g. sst2 of glue")
-    train_split: str = _option("train", "split of the rows")
-    text_columns: list[str] | None = _option(None, "input columns (default: by task)")
-    label_column: str | None = _option(None, "column of the labels (default: by task)")
-    max_length: int | None = _option(None, "tokens an example is cut to, or the block length of an LM")
-    batch_size: int = _option(16, "rows of a calibration batch")
-    seed: int = _option(0, "of the random start that the student is compared with")
+    teacher: str | None = option(None, "Hub id or directory of the teacher")
+    teacher_revision: str | None = option(None, "its branch, tag or commit on the Hub")
+    teacher_dtype: str | None = option(None, "dtype of both (default: its checkpoint's)")
+    trust_remote_code: bool = option(False, "run model code that comes with its checkpoint")
+    task: str | None = option(None, "e.g. causal-lm (default: from the teacher's class)")
+    processor: str | None = option(None, "tokenizer or image processor (default: the teacher's)")
+    output_dir: str | None = option(None, "folder of the student: model, processor, shrink.json")
+    overwrite: bool = option(False, "write into a folder that is not empty")
+    dataset: str | None = option(None, "rows to measure on: Hub id, directory, file, builtin:digits")
+    dataset_config: str | None = option(None, "configuration of a Hub dataset, e.g. sst2 of glue")
+    train_split: str = option("train", "split of the rows")
+    text_columns: list[str] | None = option(None, "input columns (default: by task)")
+    label_column: str | None = option(None, "column of the labels (default: by task)")
+    max_length: int | None = option(None, "tokens an example is cut to, or the block length of an LM")
+    batch_size: int = option(16, "rows of a calibration batch")
+    seed: int = option(0, "of the random start that the student is compared with")
 
     def validate(self) -> None:
         """Raise one `ValueError` that lists every problem of these options."""

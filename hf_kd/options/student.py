@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
+
+from .fields import option
 
 #: Options that are sizes, by the argument of `init_student` that each becomes.
 SIZES = {
@@ -31,28 +33,24 @@ CALIBRATION_ROWS = 64
 _Size = dict[str, Any] | str | int | float | None
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(kw_only=True)
 class StudentOptions:
     """A cut of the teacher: sizes are numbers, shares of the teacher's, or JSON by config option."""
 
-    student_layers: _Size = _option(None, "cut from the teacher: so many layers (6), or a share (0.5)")
-    student_layer_choice: dict[str, Any] | str | list[int] | None = _option(
+    student_layers: _Size = option(None, "cut from the teacher: so many layers (6), or a share (0.5)")
+    student_layer_choice: dict[str, Any] | str | list[int] | None = option(
         "even", "even, first, last, importance, or which as JSON: '[0, 5, 11]'"
     )
-    student_importance: str = _option("influence", "of layers: influence, or the loss without each")
-    student_hidden_size: _Size = _option(None, "its hidden size, or the share of the teacher's")
-    student_num_attention_heads: _Size = _option(None, "its heads, where they don't fill the hidden size")
-    student_num_key_value_heads: _Size = _option(None, "its key-value heads (default: as the heads)")
-    student_intermediate_size: _Size = _option(None, "its feed-forward size, or share")
-    student_vocabulary: str | None = _option(None, "keep only tokens of a text file, or of train: the rows")
-    student_max_parameters: _Size = _option(None, "search depth and width for so many, or this share")
-    student_max_bytes: _Size = _option(None, "the same for the bytes of its weights")
-    student_max_latency_ms: float | None = _option(None, "the same for a forward pass of one row")
-    student_calibration_rows: int | None = _option(
+    student_importance: str = option("influence", "of layers: influence, or the loss without each")
+    student_hidden_size: _Size = option(None, "its hidden size, or the share of the teacher's")
+    student_num_attention_heads: _Size = option(None, "its heads, where they don't fill the hidden size")
+    student_num_key_value_heads: _Size = option(None, "its key-value heads (default: as the heads)")
+    student_intermediate_size: _Size = option(None, "its feed-forward size, or share")
+    student_vocabulary: str | None = option(None, "keep only tokens of a text file, or of train: the rows")
+    student_max_parameters: _Size = option(None, "search depth and width for so many, or this share")
+    student_max_bytes: _Size = option(None, "the same for the bytes of its weights")
+    student_max_latency_ms: float | None = option(None, "the same for a forward pass of one row")
+    student_calibration_rows: int | None = option(
         None, "training rows that measure layers and widths (default: 64 if cut)"
     )
 
