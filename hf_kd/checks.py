@@ -15,6 +15,7 @@ from .findings import Report
 from .loss_checks import check_coupling, check_divergence, check_features
 from .matching import first_eval_dataset, queries_differ
 from .objective import counts_of
+from .packing import check_packing
 from .sample import sample_batches
 from .settling import needs_settling, settle
 from .targets import check_target
@@ -229,6 +230,8 @@ def _check_batch(
     logits = _check_models_on(trainer, batch, supervision, report)
     if logits is not None and teacher_is_trained:
         _check_teacher_knows(trainer, logits, supervision, report)
+    if not report.problems:
+        check_packing(trainer, batch, report)
     report.example = _example(trainer, batch, supervision)
 
 

@@ -112,6 +112,7 @@ class CausalLM(Task):
         if labels is None:
             return None
         shifted = F.pad(labels[:, 1:], (0, 1), value=self.ignore_index)
+        shifted = shifted.masked_fill(_ends(batch, shifted), self.ignore_index)
         mask = batch.get("attention_mask")
         if mask is None or mask.shape != shifted.shape:
             return shifted
@@ -137,10 +138,15 @@ class CausalLM(Task):
         """Token i and token i + 1 both exist and belong to the same packed sequence."""
         mask = token_mask(batch)
         exists = (mask != 0) & F.pad(mask[:, 1:] != 0, (0, 1), value=False)
-        positions = batch.get("position_ids")
-        if positions is not None and positions.shape == exists.shape:
-            exists = exists & F.pad(positions[:, 1:] != 0, (0, 1), value=False)
-        return exists
+        return exists & ~_ends(batch, exists)
+
+
+def _ends(batch: Batch, like: Tensor) -> Tensor:
+    """Where a packed text ends, `[B, L]`: the next token is the first of another."""
+    positions = batch.get("position_ids")
+    if positions is None or positions.shape != like.shape:
+        return torch.zeros_like(like, dtype=torch.bool)
+    return F.pad(positions[:, 1:] == 0, (0, 1), value=False)
 
 
 @dataclass(frozen=True, kw_only=True)

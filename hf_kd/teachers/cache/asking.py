@@ -88,6 +88,14 @@ def ask_about(
     return Answered(batch, mask, list(wanted), ask(teacher, batch, fidelity))
 
 
+def apart(one: Tensor, other: Tensor) -> float | None:
+    """How far two answers about a text are, in standard deviations; None if it is rounding."""
+    limit = _APART.get(one.dtype, _APART_HALF)
+    one, other = one.double(), other.double()
+    worst = float((one - other).abs().max() / other.std().clamp_min(1e-12))
+    return None if worst <= limit else worst
+
+
 def refuse_crossing(teacher: Teacher, given: Answered) -> bool:
     """Ask about a packed text alone: its answer must be the one that it has behind another.
 
@@ -111,10 +119,8 @@ def refuse_crossing(teacher: Teacher, given: Answered) -> bool:
     packed = signal.hidden.hidden if signal.hidden is not None else next(iter(signal.dense().values()))
     again = ask(teacher, alone, "logits" if signal.hidden is None else "hidden")
     single = again.hidden.hidden if again.hidden is not None else next(iter(again.dense().values()))
-    one, other = positions_of(packed, mask, piece).double(), single[0].double()
-    limit = _APART.get(packed.dtype, _APART_HALF)
-    worst = float((one - other).abs().max() / other.std().clamp_min(1e-12))
-    if not worst <= limit:
+    worst = apart(positions_of(packed, mask, piece), single[0])
+    if worst is not None:
         raise CacheError(
             "a text that is packed behind another (position_ids start anew, no attention_mask) has another "
             f"answer than alone (by {worst:.2g} standard deviations): this teacher lets packed texts see "
