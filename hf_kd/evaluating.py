@@ -96,7 +96,7 @@ def evaluate(
         primary: The metric that decides; "perplexity" follows from the loss.
     """
     trainer.remove_callback(PrinterCallback)  # the table says it
-    trainer.row_sums = []
+    trainer.scores.rows = []
     logits = labels = None
     if _one_class_a_row(trainer):
         predicted, labels, metrics = trainer.predict(rows, metric_key_prefix="eval")
@@ -108,7 +108,7 @@ def evaluate(
     scores = {**(metrics or {}), **(known or {})}
     if primary == "perplexity" and "eval_loss" in scores:
         scores["eval_perplexity"] = perplexity(scores["eval_loss"])
-    sums = torch.cat(trainer.row_sums).numpy() if trainer.row_sums else None
+    sums = torch.cat(trainer.scores.rows).numpy() if trainer.scores.rows else None
     found = Evaluation(scores, logits, labels, sums)
     metric = primary or _first_metric(trainer, scores)
     return replace(found, errors=_errors(trainer, found, metric))

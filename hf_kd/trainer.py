@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import checks, locks, ranks, sharding, whole
+from . import carried, checks, locks, ranks, sharding, whole
 from . import projection as projections
 from .alignment import AlignmentError, ClassMap
 from .balance import Balance
@@ -25,28 +25,21 @@ from .checkpoints import restore_renamed
 from .config import DistillationArguments
 from .estimator import Estimator, settle
 from .features import Features
-from .fusing import Fusion, find_fusion, is_language_model
+from .fusing import Fusion
 from .loading import load_model
 from .matching import match_classes, match_inputs
-from .objective import (
-    STATISTICS,
-    Counts,
-    Mix,
-    Objective,
-    Selection,
-    counts_of,
-    resolve_objective,
-    select,
-)
+from .objective import Counts, Mix, Objective, Selection, counts_of, resolve_objective, select
 from .pair import Pair
 from .predictions import Generation, predictions
 from .projection import Projection
 from .provenance import Meter
 from .publish import push_checkpoint
-from .records import TEACHER_FILE, check_teacher, write_options, write_teacher
+from .records import write_options
 from .results import Results
+from .route import find_route
 from .rows import ROW, RowCollator, RowDataset
 from .schedules import schedule
+from .scores import Scores
 from .settling import Settled
 from .spikes import SpikeWatch
 from .students import memory
@@ -182,9 +175,7 @@ class DistillationTrainer(Trainer):
         self.estimator: Estimator | None = None  # of a sparse teacher, from the first step on
         self._sparse = False
         self.terms = TermLog()
-        self._eval_sums: Tensor | None = None
-        #: Set to a list: evaluation adds what `Objective.evaluate` says of each row, in order.
-        self.row_sums: list[Tensor] | None = None
+        self.scores = Scores()  # of the evaluation in hand
         self.meter = Meter()
         self.balance = Balance(args.term_gradients)
         #: Instead of the mix of the step, while a term is looked at by itself.
@@ -266,19 +257,9 @@ class DistillationTrainer(Trainer):
         self._checked.add(training)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.distils and self.teacher is not None:
-            check_teacher(Path(resume_from_checkpoint) / TEACHER_FILE, self.teacher.identity)
-        if isinstance(self.teacher, EMATeacher):
-            self.teacher.load(Path(resume_from_checkpoint))
-        if self.settled is not None:
-            self.settled = (Settled.load(Path(resume_from_checkpoint)) or self.settled).apply(self.teacher)
-        if self.args.sparse_estimator == "auto":
-            self.estimator = Estimator.load(Path(resume_from_checkpoint))
-        self.spikes.load(Path(resume_from_checkpoint))
+        carried.load(self, Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._restore_renamed(resume_from_checkpoint)
-        if self.projections:
-            projections.load(self.projections, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -411,33 +392,8 @@ class DistillationTrainer(Trainer):
     def fusion_for(self, batch: Batch) -> Fusion | None:
         """How to do without logits, found at the first batch; None: the dense path."""
         if self._fusion is None:
-            inputs = self.pair.inputs(batch)
-            self._fusion = find_fusion(
-                self.args.fused,
-                task=self.task,
-                objective=self.objective,
-                student=self.student,
-                inputs=self.pair.student_inputs(inputs),
-                teacher=self.teacher if self.distils else None,
-                batch=inputs,
-                chunk_bytes=self.args.fused_chunk_mib << 20,
-                obstacle=self._fusion_obstacle(),
-                inside=self.is_deepspeed_enabled,
-            )
-            if isinstance(self._fusion, str) and self.args.fused == "auto" and is_language_model(self.task):
-                logger.warning("The loss is computed from full logits: %s", self._fusion)
+            self._fusion = find_route(self, batch)
         return self._fusion if isinstance(self._fusion, Fusion) else None
-
-    def _fusion_obstacle(self) -> str | None:
-        if self.compute_loss_func is not None:
-            return "compute_loss_func reads logits."
-        if self.objective.target.changes:
-            return "target_correction and kd_weighting read whole rows of the teacher."
-        if self.args.torch_compile:
-            return "torch_compile compiles the head too (compile the body instead: model.model.compile())."
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            return "FSDP 1 keeps the output layer in pieces (FSDP 2 does not in the forward)."
-        return "DataParallel copies the output layer." if self.args.n_gpu > 1 else None
 
     def _custom_task_loss(self, outputs: Any, batch: Batch, counts: Counts) -> Tensor | None:
         if self.compute_loss_func is None:
@@ -481,11 +437,11 @@ class DistillationTrainer(Trainer):
         """Trainer's loop, with exact means over supervised positions."""
         self.check(training=False)
         sharding.prepare_for_evaluation(self.student, self.accelerator)
-        self._eval_sums = None
+        self.scores.begin()
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        if self._eval_sums is not None and output.metrics is not None:
-            output.metrics.update(self.objective.summarise(self._eval_sums, prefix))
+        if output.metrics is not None:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics.update(self.scores.metrics(self.objective, prefix))
         return output
 
     def prediction_step(
@@ -508,15 +464,9 @@ class DistillationTrainer(Trainer):
             else:
                 outputs, student, teacher = self.pair.dense(model, batch, distil=self.distils)
                 sums = self.objective.evaluate(student, teacher, supervision, outputs)
-        # Gathering rows, not means, drops the rows that ranks repeat to fill their last batch.
-        rows = self.accelerator.gather_for_metrics(sums)
-        if self.row_sums is not None:
-            self.row_sums.append(rows.cpu())
-        total = rows.sum(0)
-        self._eval_sums = total if self._eval_sums is None else self._eval_sums + total
-        task, count = sums[:, STATISTICS.index("task")].sum(), sums[:, STATISTICS.index("task_count")].sum()
         labelled = supervision.labels is not None
-        loss = (task / count.clamp_min(1e-12)).float() if labelled else None
+        mean = self.scores.add(self.accelerator, sums)
+        loss = mean if labelled else None
         if prediction_loss_only:
             return loss, None, None
         if self._generation.wanted:
@@ -556,17 +506,7 @@ class DistillationTrainer(Trainer):
             folder = Path(output_dir or str(self.args.output_dir))
             write_options(folder, self)
             if _internal_call:
-                self.spikes.save(folder)
-            if _internal_call and isinstance(self.teacher, EMATeacher):
-                self.teacher.save(folder)
-            if _internal_call and self.settled is not None:
-                self.settled.save(folder)
-            if _internal_call and self.estimator is not None:
-                self.estimator.save(folder)
-            if _internal_call and self.projections:
-                projections.save(self.projections, folder)
-            if _internal_call and self.teacher is not None and self.distils:
-                write_teacher(folder / TEACHER_FILE, self.teacher.identity)
+                carried.save(self, folder)
 
     def push_to_hub(self, commit_message: str | None = None, **options: Any) -> str | None:  # type: ignore[override]
         """Publish student, card, report and options, as `hf-kd publish` does; see `hf_kd.publish.push`."""

@@ -10,7 +10,7 @@ import transformers as tf
 
 from hf_kd import students
 from hf_kd.measure import Latency, count_parameters
-from hf_kd.students import init_student, search
+from hf_kd.students import init_student, space
 from tests.test_students import bart, bert, llama, swin
 from tests.test_students_width import make
 
@@ -124,7 +124,7 @@ def fake_clock(monkeypatch, cost):
         timed.append(model)
         return {name: Latency(cost(model), 0, 0, repeats, 1, {}, 0, "cpu", "float32", 1)}
 
-    monkeypatch.setattr(search, "latency", latency)
+    monkeypatch.setattr(space, "latency", latency)
     return timed
 
 
