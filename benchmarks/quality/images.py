@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--train-rows", type=int, default=None, help="default: 1000 of digits, 5000 of MNIST")
+    parser.add_argument("--teacher-epochs", type=int, default=25)
     parser.add_argument("--epochs", type=int, default=None, help="default: 15 on digits, 4 on MNIST")
     parser.add_argument("--work", type=Path, default=Path("out/quality-images"), help="keeps the teacher")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the file of results")
@@ -100,7 +101,7 @@ def main() -> None:
 
     kept = args.work / name
     if not (kept / "config.json").exists():
-        made = trained_teacher(images["train"], targets["train"], epochs=25 if small else 12)
+        made = trained_teacher(images["train"], targets["train"], epochs=args.teacher_epochs)
         made.save_pretrained(kept)
     teacher = ViTForImageClassification.from_pretrained(kept).eval()
     known = {split: logits_of(teacher, batches(images[split])) for split in parts}
@@ -206,15 +207,23 @@ def trained_teacher(images: Tensor, labels: Tensor, *, epochs: int) -> PreTraine
         num_hidden_layers=4,
         num_attention_heads=4,
         intermediate_size=256,
-        hidden_dropout_prob=0.2,
+        hidden_dropout_prob=0.2 if size == 8 else 0.1,
         num_labels=10,
     )
     model = ViTForImageClassification(config)
     budget = Budget(max_steps=-1, batch_size=64, learning_rate=1e-3, warmup_steps=50)
     args = TrainingArguments(**budget.arguments(0, num_train_epochs=epochs, remove_unused_columns=True))
     rows = rows_of(images, labels)
-    Trainer(model, args, train_dataset=rows, data_collator=default_data_collator).train()
+    collator = default_data_collator if size == 8 else shifted
+    Trainer(model, args, train_dataset=rows, data_collator=collator).train()
     return model.eval()
+
+
+def shifted(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch whose images are moved by up to two pixels: the teacher's alone, students see rows as they are."""
+    batch = dict(default_data_collator(rows))
+    moved = [image.roll(tuple(torch.randint(-2, 3, (2,)).tolist()), (-2, -1)) for image in batch["pixel_values"]]
+    return {**batch, "pixel_values": torch.stack(moved)}
 
 
 if __name__ == "__main__":
