@@ -88,34 +88,37 @@ class ClassMap:
     def entries(self, teacher: SparseTeacher) -> SparseTeacher:
         """A sparse teacher's entries in the student's classes; never edited in place.
 
-        Entries beyond the shared classes are dropped and the others renormalised, as for logits. What the
-        teacher has there and does not show, in its tail, stays in the tail.
+        Entries of classes that the student has not are dropped, the others renormalised, as for logits. What
+        the teacher has there and does not show, in its tail, stays in the tail; draws have it among them.
         """
-        if self.kept:
-            raise ValueError("A student with a trimmed vocabulary needs a teacher that gives whole logits.")
-        if self.order is None and self.shared is None:
-            return teacher
-        ids, present = teacher.ids, teacher.ids >= 0
+        ids = teacher.ids
         if self.order is not None:
-            place = torch.empty(len(self.order), dtype=ids.dtype)
+            # Where the student has a part of the classes, one place more stands for all beyond its last.
+            place = torch.full((max(self.order) + 1 + self.kept,), -1, dtype=ids.dtype)
             place[list(self.order)] = torch.arange(len(self.order), dtype=ids.dtype)
-            moved = place.to(ids.device)[ids.long().clamp_min(0)]
-            return replace(teacher, ids=torch.where(present, moved, ids))
-        assert self.shared is not None
-        kept = present & (ids < self.shared)
-        scale = torch.log1p(-self.dropped(teacher))
-        ids = ids.masked_fill(~kept, -1)
+            known = ids.long().clamp_min(0)
+            known = known.clamp_max(len(place) - 1) if self.kept else known
+            ids = torch.where(ids >= 0, place.to(ids.device)[known], ids)
+        elif self.shared is not None:
+            ids = ids.masked_fill(ids >= self.shared, -1)
+        if not self.drops:
+            return replace(teacher, ids=ids)
+        scale = torch.log1p(-self._mass(teacher, (ids < 0) & (teacher.ids >= 0)))
         log_probs = teacher.log_probs - scale.unsqueeze(-1)
         if teacher.log_tail is not None:
             return replace(teacher, ids=ids, log_probs=log_probs, log_tail=teacher.log_tail - scale)
         assert teacher.weights is not None
-        weights = (teacher.weights / scale.exp().unsqueeze(-1)).masked_fill(~kept, 0.0)
+        weights = (teacher.weights / scale.exp().unsqueeze(-1)).masked_fill(ids < 0, 0.0)
         return replace(teacher, ids=ids, log_probs=log_probs, weights=weights)
 
     def dropped(self, teacher: SparseTeacher) -> Tensor:
-        """`[...]` mass of a sparse teacher's entries that are beyond the shared classes."""
-        assert self.shared is not None
-        gone = teacher.ids >= self.shared
+        """`[...]` mass of a sparse teacher's entries whose classes the student has not."""
+        if self.shared is not None:
+            return self._mass(teacher, teacher.ids >= self.shared)
+        known = self._index.to(teacher.ids.device)
+        return self._mass(teacher, (teacher.ids >= 0) & ~torch.isin(teacher.ids.long(), known))
+
+    def _mass(self, teacher: SparseTeacher, gone: Tensor) -> Tensor:
         mass = teacher.log_probs.exp() if teacher.weights is None else teacher.weights
         # All of it, for a few draws: what is left would be divided by 0.
         return mass.masked_fill(~gone, 0.0).sum(-1).clamp_max(1 - 2**-10)

@@ -26,6 +26,8 @@ MERGEABLE = (
     "tvd",
     "alpha_beta",
 )
+#: Mass of a tail that may be anywhere: a student with a trimmed vocabulary has no better use of it.
+_LITTLE = 0.01
 
 
 def check_sparse(
@@ -88,13 +90,7 @@ def check_sparse(
             "'loss', 'kl_tail', or 'kl_draws' if it has draws.",
         )
     if objective.classes.kept:
-        report.add(
-            "teacher",
-            "teacher: its sparse signal does not say how much of its tail is on tokens that the student's "
-            "trimmed vocabulary lacks; give it as a model, or a cache made with --cache_fidelity hidden or "
-            "logits.",
-        )
-        return
+        _check_trimmed(args.sparse_estimator, signal, weight, name, report)
     _check_ids(trainer, signal, classes, report)
 
 
@@ -141,11 +137,26 @@ def _check_estimator(
         )
 
 
+def _check_trimmed(estimator: str, signal: SparseSignal, weight: Tensor, name: str, report: Report) -> None:
+    """Draws show how much of a tail is on tokens that a trimmed vocabulary lacks; its mass does not."""
+    tail = float(signal.log_tail.double()[weight > 0].exp().mean())
+    if (estimator != "tail" and signal.has_draws and name == "forward_kl") or tail <= _LITTLE:
+        return
+    report.add(
+        "sparse_estimator",
+        f"teacher: {tail:.2g} of its mass is in the tail of its sparse signal, which does not say how much "
+        "of that is on tokens that the student's trimmed vocabulary lacks. Read draws "
+        "(sparse_estimator='draws' with divergence='forward_kl'), or give the teacher as a model, or a cache "
+        "made with --cache_fidelity hidden or logits, or with so many entries that the tail has "
+        f"{_LITTLE:g} or less.",
+    )
+
+
 def _check_ids(trainer: DistillationTrainer, signal: SparseSignal, classes: int, report: Report) -> None:
     known = trainer.objective.classes
     limit = len(known.order) if known.order is not None else classes
     largest = int(signal.ids.max()) if signal.ids.numel() else -1
-    if largest >= limit and known.shared is None:
+    if largest >= limit and not known.drops:
         report.add(
             "teacher",
             f"teacher: its sparse signal has class {largest}, but the student has {limit} classes; give both "

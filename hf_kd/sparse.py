@@ -86,8 +86,9 @@ class SparseReader:
         }
         if seen.kl_draws is not None:
             columns |= {"kl_draws": seen.kl_draws, "draws_count": torch.ones_like(seen.kl_tail)}
-        if self.classes.shared is not None:
-            columns["teacher_mass_dropped"] = self.classes.dropped(signal.tail())
+        if self.classes.drops:
+            seen_by = signal.draws() if self.classes.kept and signal.has_draws else signal.tail()
+            columns["teacher_mass_dropped"] = self.classes.dropped(seen_by)
         return columns
 
 

@@ -63,7 +63,7 @@ CUTS = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cut_starts_better_than_random_weights(family: str) -> None:
-    """Loss of rows that neither has seen, before training: teacher, then the cut, then its shape at random."""
+    """Loss of unseen rows, before training: the teacher's, the cut's, and that of its shape at random."""
     build, rows = FAMILIES[family]
     torch.manual_seed(0)
     teacher = build()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers as tf
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from hf_kd.alignment import ClassMap
 from hf_kd.config import DistillationArguments
 from hf_kd.students import init_student, trim_vocabulary
+from hf_kd.teachers import ModelTeacher, TeacherSignal
+from hf_kd.teachers.cache import CachedTeacher, CacheWriter, threshold_sample
+from hf_kd.teachers.cache.make import CacheSettings, describe, fill, save_head
 from hf_kd.trainer import DistillationTrainer
 
 WORDS = (
@@ -269,12 +275,7 @@ def test_fused_and_dense_equal_the_oracle(fused, tmp_path):
 
 @pytest.mark.parametrize("fidelity", ["hidden", "logits", "sparse"])
 def test_a_cache_of_the_whole_teacher(fidelity, tmp_path):
-    """Rows are found by the teacher's ids, so one cache is for every student; sparse ones are refused."""
-    from dataclasses import replace
-
-    from hf_kd.teachers.cache import CachedTeacher, CacheWriter
-    from hf_kd.teachers.cache.make import CacheSettings, describe, fill, save_head
-
+    """Rows are found by the teacher's ids, so one cache is for every student."""
     pair = Trimmed()
     live = pair.trainer(tmp_path / "live", fused="off")
     scores = live.evaluate()
@@ -284,7 +285,7 @@ def test_a_cache_of_the_whole_teacher(fidelity, tmp_path):
     whole = type(live.teacher)(gpt2(pair.old), ("logits",))
     whole.model.load_state_dict(pair.teacher.state_dict())
     batch = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
-    settings = CacheSettings(fidelity=fidelity, dtype=None if fidelity == "sparse" else "float32")
+    settings = CacheSettings(fidelity, dtype=None if fidelity == "sparse" else "float32", entries=12)
     manifest, head = describe(whole, batch, settings, processor=pair.old)
     if head is not None:
         manifest = replace(manifest, head=save_head(head, folder))
@@ -299,22 +300,102 @@ def test_a_cache_of_the_whole_teacher(fidelity, tmp_path):
     assert CachedTeacher(folder).rows == len(rows)
     rows = rows_of(pair.new).add_column("attention_mask", [[1] * 7] * 3)
 
-    def cached(fused):
+    def cached(fused, **options):
         trainer = DistillationTrainer(
-            pair.student, arguments(tmp_path / fused, fused=fused, teacher_cache=str(folder)),
+            pair.student, arguments(tmp_path / fused, fused=fused, teacher_cache=str(folder), **options),
             teacher_processing_class=pair.old, train_dataset=rows, eval_dataset=rows,
             processing_class=pair.new,
         )  # fmt: skip
         return trainer.evaluate()
 
     if fidelity == "sparse":
-        with pytest.raises(ValueError, match="trimmed vocabulary lacks; give it as a model"):
-            cached("auto")
+        with pytest.raises(ValueError, match="tail of its sparse signal, which does not say how much"):
+            cached("on", sparse_estimator="tail")
+        found = cached("on", sparse_estimator="draws")
+        assert 0 < found["eval_teacher_mass_dropped"] < 1
         return
     for fused in ("on", "off"):
         found = cached(fused)
         for name in ("eval_kl", "eval_agreement", "eval_teacher_mass_dropped"):
             assert found[name] == pytest.approx(scores[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("fused", ["on", "off"])
+@pytest.mark.parametrize("estimator", ["tail", "draws"])
+def test_all_entries_of_a_sparse_teacher_equal_the_oracle(estimator, fused, tmp_path, monkeypatch):
+    """Trap 30: with all entries, value, gradient and dropped mass are those of whole logits."""
+    pair = Trimmed()
+    ids = torch.tensor(rows_of(pair.new)["input_ids"])
+    batch = {"input_ids": torch.tensor(pair.kept)[ids], "attention_mask": torch.ones_like(ids)}
+    whole = ModelTeacher(pair.teacher, ("logits",))
+    settings = CacheSettings("sparse", entries=12, temperature=2.0)
+    manifest, _ = describe(whole, batch, settings, processor=pair.old)
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    manifest.write(folder)
+    fill(CacheWriter(folder, manifest), whole, [batch])
+
+    def every_class(cache, batch):
+        assert cache.tokens is not None
+        with torch.no_grad():
+            logits = pair.teacher(cache.tokens[batch["input_ids"]]).logits
+        signal = threshold_sample(logits.flatten(0, 1), logits.shape[-1], temperature=2.0)
+        return TeacherSignal(sparse=signal.map(lambda x: x.unflatten(0, logits.shape[:2])))
+
+    monkeypatch.setattr(CachedTeacher, "__call__", every_class)
+    rows = rows_of(pair.new).add_column("attention_mask", [[1] * 7] * 3)
+    options = {"alpha": 0.6, "temperature": 2.0, "sparse_estimator": estimator, "teacher_cache": str(folder)}
+    trainer = DistillationTrainer(
+        pair.student, arguments(tmp_path, fused=fused, **options), teacher_processing_class=pair.old,
+        train_dataset=rows, eval_dataset=rows, processing_class=pair.new,
+    )  # fmt: skip
+    loss, grads, seen = pair.gradient(trainer)
+    wanted, exact = pair.oracle(seen, 0.6, 2.0)
+    assert loss == pytest.approx(wanted, rel=1e-5)
+    for name, gradient in exact.items():
+        assert (grads[name] - gradient).norm() <= 1e-4 * gradient.norm().clamp_min(1e-6), name
+    with torch.no_grad():
+        p = (pair.teacher(batch["input_ids"]).logits[:, :-1] / 2).softmax(-1)
+    dropped = 1 - p[..., pair.kept].sum(-1).mean()
+    assert trainer.evaluate()["eval_teacher_mass_dropped"] == pytest.approx(float(dropped), rel=1e-4)
+
+
+def test_draws_show_the_mass_that_is_dropped():
+    """Trap 12: the means of draws are the restricted distribution and the dropped mass."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 60, generator=g).expand(4000, -1)
+    kept = tuple(torch.randperm(60, generator=g)[:40].tolist())
+    classes = ClassMap(order=kept, kept=True)
+    drawn = threshold_sample(logits, 24, least_certain=8, generator=g).draws()
+    before = drawn.ids.clone()
+    entries = classes.entries(drawn)
+    assert torch.equal(drawn.ids, before) and int(entries.ids.max()) < 40
+    p = logits[0].double().softmax(-1)[list(kept)]
+    assert float(classes.dropped(drawn).mean()) == pytest.approx(1 - float(p.sum()), abs=0.005)
+    mean = torch.zeros(4000, 41).double()
+    mean.scatter_add_(1, entries.ids.long() + 1, entries.weights.double())
+    torch.testing.assert_close(mean.mean(0)[1:], p / p.sum(), rtol=0.1, atol=1e-3)
+    torch.testing.assert_close(mean.sum(1), torch.ones(4000).double(), rtol=0.3, atol=0)
+
+
+def test_a_trimmed_student_that_averages_itself(tmp_path):
+    """An average of the student has its vocabulary, reads its ids, and is not mapped; the map is kept."""
+    pair = Trimmed()
+    rows = rows_of(pair.new)
+    trainer = DistillationTrainer(
+        pair.student, arguments(tmp_path, self_teacher="ema", ema_decay=0.5, learning_rate=0.01),
+        train_dataset=rows, eval_dataset=rows, processing_class=pair.new,
+    )  # fmt: skip
+    trainer.train()
+    scores = trainer.evaluate()
+    ids = torch.tensor(rows["input_ids"])
+    assert trainer.teacher.model.config.vocab_size == len(pair.kept)
+    assert torch.equal(trainer.teacher.inputs({"input_ids": ids})["input_ids"], ids)
+    with torch.no_grad():
+        p, q = (m.eval()(ids).logits[:, :-1].log_softmax(-1) for m in (trainer.teacher.model, pair.student))
+    kl = (p.exp() * (p - q)).sum(-1)
+    assert scores["eval_kl"] == pytest.approx(float(kl.mean()), rel=1e-3) and scores["eval_kl"] > 1e-6
+    assert pair.student.config.hf_kd_vocabulary == pair.kept
 
 
 def test_several_teachers_itself_and_others(tmp_path):

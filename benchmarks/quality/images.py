@@ -220,9 +220,10 @@ def trained_teacher(images: Tensor, labels: Tensor, *, epochs: int) -> PreTraine
 
 
 def shifted(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch whose images are moved by up to two pixels: the teacher's alone, students see rows as they are."""
+    """A batch whose images are moved by up to two pixels, for the teacher alone."""
     batch = dict(default_data_collator(rows))
-    moved = [image.roll(tuple(torch.randint(-2, 3, (2,)).tolist()), (-2, -1)) for image in batch["pixel_values"]]
+    shifts = torch.randint(-2, 3, (len(rows), 2)).tolist()
+    moved = [x.roll(tuple(by), (-2, -1)) for x, by in zip(batch["pixel_values"], shifts, strict=True)]
     return {**batch, "pixel_values": torch.stack(moved)}
 
 
