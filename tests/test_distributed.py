@@ -47,7 +47,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def zero_3(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Any]:
     """What two ranks of ZeRO-3 computed, for a student with tied embeddings and one without."""
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed")
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: .ci/deepspeed runs these")
     folder = tmp_path_factory.mktemp("zero_3")
     script = ROOT / "tests" / "zero_ranks.py"
     launch("torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(folder))
