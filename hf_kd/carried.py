@@ -9,6 +9,7 @@ from . import projection
 from .estimator import Estimator
 from .records import TEACHER_FILE, check_teacher, write_teacher
 from .settling import Settled
+from .streams import save_place
 from .teachers import EMATeacher
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def save(trainer: DistillationTrainer, folder: Path) -> None:
     for part in parts:
         if part is not None:
             part.save(folder)
+    save_place(trainer, folder)
     if trainer.projections:
         projection.save(trainer.projections, folder)
     if teacher is not None and trainer.distils:

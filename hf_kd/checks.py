@@ -18,6 +18,7 @@ from .objective import counts_of
 from .packing import check_packing
 from .sample import sample_batches
 from .settling import needs_settling, settle
+from .streams import check_streams
 from .targets import check_target
 from .tasks import Batch, SequenceClassification, Supervision
 from .teachers.models import TEACHER_PREFIX, ModelTeacher, forward_parameters
@@ -43,6 +44,7 @@ def inspect(
     _describe_models(trainer, report)
     if training:
         _check_options(trainer, report)
+    check_streams(trainer, report, training=training)
     name, dataset = (
         ("train_dataset", trainer.train_dataset)
         if training

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import carried, checks, locks, ranks, sharding, whole
+from . import carried, checks, locks, ranks, sharding, streams, whole
 from . import projection as projections
 from .alignment import AlignmentError, ClassMap
 from .balance import Balance
@@ -181,6 +181,7 @@ class DistillationTrainer(Trainer):
         #: Instead of the mix of the step, while a term is looked at by itself.
         self.fixed_mix: Mix | None = None
         self.spikes = SpikeWatch()  # of the run in hand
+        self.place: streams.Place | None = None  # in the data, of the checkpoint that was resumed
         self._grad_norm: Any = None
         self.add_callback(StepCallback(self))
         if isinstance(self.teacher, EMATeacher):
@@ -242,6 +243,7 @@ class DistillationTrainer(Trainer):
                 whole.sweep(home)
             self.spikes = SpikeWatch(self.args.spike_action, self.args.spike_threshold)
             resume = whole.resumable(resume_from_checkpoint, home)
+            self.place = streams.found_place(self, resume)
             with projections.attached(self.student, self.projections), self.features.ready():
                 return super().train(resume, *args, **kwargs)
 
@@ -292,6 +294,8 @@ class DistillationTrainer(Trainer):
         return RowDataset(super()._remove_unused_columns(dataset, description))
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("is_training") and streams.is_stream(dataset):
+            return streams.dataloader(self, dataset, kwargs["batch_size"])
         collator = self.data_collator
         self.data_collator = RowCollator(collator)
         try:
