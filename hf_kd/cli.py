@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_kd import recipes
-from hf_kd.options import DistillationOptions, GenerateOptions, RunOptions, nearest
+from hf_kd.options import DistillationOptions, GenerateOptions, RunOptions, TeachOptions, nearest
 
 OVERVIEW = """\
 hf-kd: distil a Transformers model into a small one, and see what it gained
@@ -32,6 +32,8 @@ hf-kd: distil a Transformers model into a small one, and see what it gained
   hf-kd recipes [NAME]                 list the shipped recipes, or print one
   hf-kd generate --teacher DIR_OR_ID --output_dir DIR --dataset PROMPTS
                                        text that a teacher samples, with what it thought of each token
+  hf-kd teach --teacher DIR_OR_ID --address HOST:PORT
+                                       a model that answers students in other processes (docs/scaling.md)
   hf-kd report DIR [DIR ...]           what runs found, as a table, an HTML page and Markdown with charts
   hf-kd export DIR --onnx [--int8]     the student of a run for ONNX Runtime, checked and measured
   hf-kd publish DIR REPOSITORY         put the student of a run on the Hub, with its card and report
@@ -59,7 +61,7 @@ embedding_weight last_hidden_weight layer_map
 teacher_calibration target_correction kd_weighting sparse_estimator
 """.split(),
     "Where the teacher is (docs/teachers.md, docs/scaling.md)": """
-teacher_quantization teacher_device_map shard_teacher
+teacher_quantization teacher_device_map shard_teacher teacher_ahead
 """.split(),
     "A student cut from the teacher in more than its depth (docs/students.md)": """
 student_layer_choice student_importance student_hidden_size student_num_attention_heads
@@ -167,6 +169,19 @@ def generate(argv: list[str]) -> int:
     if os.environ.get("RANK", "0") == "0":
         sys.stdout.write(f"{folder}\n")
     return 0
+
+
+def teach(argv: list[str]) -> int:
+    """Let a model answer students in other processes."""
+    if "--help" in argv or "-h" in argv or not argv:
+        lines = ["usage: hf-kd teach [--config FILE] [--OPTION VALUE ...]     (flags beat the file)", ""]
+        sys.stdout.write("\n".join([*lines, *_option_lines(TeachOptions, special=())]) + "\n")
+        return 0
+    _quiet()
+    from hf_kd.config import parse_one
+    from hf_kd.teaching import teach as run
+
+    return run(parse_one(TeachOptions, argv), say=_say)
 
 
 def shrink(argv: list[str]) -> int:
@@ -325,6 +340,7 @@ COMMANDS = {
     "recipes": list_recipes,
     "generate": generate,
     "shrink": shrink,
+    "teach": teach,
     "report": make_report,
     "export": export_run,
     "publish": publish_run,
@@ -383,6 +399,12 @@ def _quiet() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading and writing weights; training has its own
+
+
+def _say(line: str) -> None:
+    """Print a line now, also where the output is a file."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def _launch_line(argv: list[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .ahead import Ahead, Ask, Question
 from .answers import Answer, Exits, answer, count
 from .features import Seen
 from .fusing import Fusion, HiddenStudent, Result
@@ -17,7 +18,7 @@ from .tasks import Batch, Task
 from .teachers.deadline import deadline
 from .teachers.deeper import DeeperTeacher
 from .teachers.models import TEACHER_PREFIX, forward_parameters
-from .teachers.signal import Teacher, named_logits
+from .teachers.signal import Teacher, TeacherSignal, named_logits
 
 
 class Pair:
@@ -29,6 +30,7 @@ class Pair:
         task: Their head.
         device: Where a projection is trained.
         timeout: Seconds that the teacher may take for a batch; None: no limit.
+        ahead: Who asks the teacher early, if anybody does.
 
     Attributes:
         projection: The trained map between the widths of two encoders; None where the widths agree.
@@ -42,9 +44,11 @@ class Pair:
         *,
         device: Any,
         timeout: float | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         """Look at the models."""
         self.student, self.teacher, self.task, self.timeout = student, teacher, task, timeout
+        self._ahead = ahead
         self._parameters = forward_parameters(student)
         self.projection: Projection | None = None
         models = student, getattr(teacher, "model", None)
@@ -68,13 +72,33 @@ class Pair:
         watched = distil and isinstance(self.teacher, DeeperTeacher)
         return self.teacher.watching() if watched else nullcontext()  # type: ignore[union-attr]
 
+    def asker(self, fusion: Fusion | None) -> Ask:
+        """How the teacher is asked."""
+        assert self.teacher is not None
+        return self.teacher if fusion is None else partial(fusion.ask, self.teacher)
+
+    def _ask(self, inputs: Batch, fusion: Fusion | None, question: Question | None) -> TeacherSignal:
+        with deadline(self.timeout):
+            early = None if question is None else question.take()
+            if early is not None:
+                return early
+            if self._ahead is not None:
+                self._ahead.wait()
+            return self.asker(fusion)(inputs)
+
     def positions(self, outputs: Any, batch: Batch) -> Tensor:
         """The student's outputs as `[P, C]`, in the teacher's width where a projection is trained."""
         values = self.task.flat(named_logits(outputs, self.task.logits), batch)
         return values if self.projection is None else self.projection(values)
 
     def dense(
-        self, model: nn.Module, batch: Batch, *, distil: bool, seen: Seen | None = None
+        self,
+        model: nn.Module,
+        batch: Batch,
+        *,
+        distil: bool,
+        seen: Seen | None = None,
+        question: Question | None = None,
     ) -> tuple[Any, Tensor, Answer | None]:
         """Run both models.
 
@@ -83,6 +107,7 @@ class Pair:
             batch: One batch.
             distil: Whether the teacher is asked.
             seen: Room for what is seen inside both.
+            question: What the teacher may have been asked about this batch before.
 
         Returns:
             The student's outputs, its logits `[P, C]`, and the teacher's answer for the same positions.
@@ -101,8 +126,8 @@ class Pair:
             return outputs, student, Exits(tuple(exits))
         if not distil or self.teacher is None:
             return outputs, student, None
-        with nullcontext() if seen is None else seen.on_teacher(), deadline(self.timeout):
-            signal = self.teacher(inputs)
+        with nullcontext() if seen is None else seen.on_teacher():
+            signal = self._ask(inputs, None, question)
         teacher = answer(signal, self.task, batch)
         if count(teacher) != len(student):
             raise ValueError(
@@ -121,6 +146,7 @@ class Pair:
         *,
         distil: bool,
         seen: Seen | None = None,
+        question: Question | None = None,
     ) -> Result:
         """Run both models up to their heads: what `use` makes of both; see `Fusion.run`."""
         inputs = self.inputs(batch)
@@ -139,8 +165,8 @@ class Pair:
         def ask() -> Answer | None:
             if not distil or self.teacher is None:
                 return None
-            with nullcontext() if seen is None else seen.on_teacher(), deadline(self.timeout):
-                signal = fusion.ask(self.teacher, inputs)
+            with nullcontext() if seen is None else seen.on_teacher():
+                signal = self._ask(inputs, fusion, question)
             return answer(signal, self.task, batch)
 
         return fusion.run(forward, ask, use)

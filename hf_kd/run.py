@@ -37,7 +37,6 @@ from hf_kd.setting import (
     with_trained_teacher,
 )
 from hf_kd.settling import describe_target
-from hf_kd.teachers.server import is_address
 from hf_kd.trainer import DistillationTrainer
 from hf_kd.waiting import WaitingTeacher, rested, woken
 
@@ -50,7 +49,7 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
         args: The trainer's arguments.
 
     Returns:
-        The results on rank 0, None on the others and where the teacher is a server.
+        The results on rank 0, None on the others and where the teacher is elsewhere.
 
     Raises:
         ValueError: What does not exist or does not fit, before any training; or another run in `output_dir`.
@@ -60,7 +59,7 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
 
 
 def _distill(run: RunOptions, args: DistillationArguments) -> Results | None:
-    if is_address(run.teacher):
+    if served_run.is_elsewhere(run.teacher):
         resume = _checkpoint(args.resume_from_checkpoint, args.folder)
         served_run.distill(run, args, described=describe, control=train_control, resume=resume)
         return None
@@ -136,7 +135,7 @@ def check(run: RunOptions, args: DistillationArguments, *, launch: str) -> list[
     Returns:
         The problems found.
     """
-    if is_address(run.teacher):
+    if served_run.is_elsewhere(run.teacher):
         return served_run.check(run, args)
     setting = load(run, args)
     console = setting.console

@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from . import carried, checks, locks, ranks, sharding, streams, whole
 from . import projection as projections
+from .ahead import Ahead, Question
 from .alignment import AlignmentError, ClassMap
 from .balance import Balance
 from .callbacks import KLThresholdCallback, StepCallback
@@ -61,6 +62,7 @@ class _Plan:
 
     supervision: Supervision
     selection: Selection
+    question: Question | None = None
 
 
 class DistillationTrainer(Trainer):
@@ -157,10 +159,16 @@ class DistillationTrainer(Trainer):
         self.settled: Settled | None = None  # temperature, calibration and weights that are measured
         for note in classes.notes:
             logger.warning(note)
-        self.pair = Pair(
-            self.student, self.teacher, self.task, device=args.device, timeout=args.teacher_timeout
-        )
         self.features = Features(args, self.student, self.teacher, self.task)
+        shared: dict[str, Any] = {"device": args.device, "timeout": args.teacher_timeout}
+        self.ahead = Ahead(
+            args.teacher_ahead,
+            self.teacher,
+            student=self.student,
+            features=self.features.wanted,
+            **shared,
+        )
+        self.pair = Pair(self.student, self.teacher, self.task, ahead=self.ahead, **shared)
         self.projections = nn.ModuleDict(dict(self.features.projections))
         if self.pair.projection is not None:
             self.projections["output"] = self.pair.projection
@@ -244,7 +252,8 @@ class DistillationTrainer(Trainer):
             self.spikes = SpikeWatch(self.args.spike_action, self.args.spike_threshold)
             resume = whole.resumable(resume_from_checkpoint, home)
             self.place = streams.found_place(self, resume)
-            with projections.attached(self.student, self.projections), self.features.ready():
+            attached = projections.attached(self.student, self.projections)
+            with attached, self.features.ready(), self.ahead.running():
                 return super().train(resume, *args, **kwargs)
 
     def check(self, *, training: bool) -> None:
@@ -317,13 +326,15 @@ class DistillationTrainer(Trainer):
         if self._sparse:
             self.estimator = self.estimator or settle(self)
             self.objective = self.estimator.apply(self.objective)
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, _ = super().get_batch_samples(self.ahead.source(epoch_iterator), num_batches, device)
         batches = [dict(self._prepare_inputs(batch)) for batch in batches]
         if not batches:
             return batches, None
         supervisions = [self.task.supervise_batch(batch) for batch in batches]
-        for batch, supervision, selection in zip(batches, supervisions, select(supervisions), strict=True):
-            batch[_PLAN] = _Plan(supervision, selection)
+        questions = self.ahead.line_up(self, batches)
+        plans = map(_Plan, supervisions, select(supervisions), questions)
+        for batch, plan in zip(batches, plans, strict=True):
+            batch[_PLAN] = plan
         counts = self._global_counts(supervisions)
         self.balance.measure(self, batches, counts)
         return batches, counts
@@ -371,12 +382,13 @@ class DistillationTrainer(Trainer):
         outputs = None
         fusion = None if return_outputs else self.fusion_for(batch)
         distil, seen = mix.alpha > 0 or self.features.wanted, self.features.seen()
+        both: dict[str, Any] = {"distil": distil, "seen": seen, "question": self.ahead.turn(plan.question)}
         if fusion is not None:
             given = {"supervision": plan.supervision, "counts": counts, "mix": mix, "ranks": ranks}
             use = partial(fusion.terms, self.objective, **given)
-            terms = self.pair.fused(fusion, model, batch, use, distil=distil, seen=seen)
+            terms = self.pair.fused(fusion, model, batch, use, **both)
         else:
-            outputs, student, teacher = self.pair.dense(model, batch, distil=distil, seen=seen)
+            outputs, student, teacher = self.pair.dense(model, batch, **both)
             terms = self.objective(
                 student,
                 teacher,

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from hf_kd.cli import SPECIAL, TRAINING
 from hf_kd.config import DistillationArguments
-from hf_kd.options import DistillationOptions, GenerateOptions, RunOptions, ShrinkOptions
+from hf_kd.options import DistillationOptions, GenerateOptions, RunOptions, ShrinkOptions, TeachOptions
 
 _INTRO = """# Options
 
@@ -95,6 +95,8 @@ def page() -> str:
         + ". `hf-kd distill --help-all` describes all of them.",
         "## `hf-kd generate`",
         "\n".join(_rows(GenerateOptions, [field.name for field in dataclasses.fields(GenerateOptions)])),
+        "## `hf-kd teach`",
+        "\n".join(_rows(TeachOptions, [field.name for field in dataclasses.fields(TeachOptions)])),
         "## `hf-kd shrink`",
         "And all options of a run that begin with `student_`.",
         "\n".join(_rows(ShrinkOptions, list(ShrinkOptions.__annotations__))),

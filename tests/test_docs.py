@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from hf_kd.options import DistillationOptions, GenerateOptions, RunOptions, ShrinkOptions
+from hf_kd.options import DistillationOptions, GenerateOptions, RunOptions, ShrinkOptions, TeachOptions
 
 from . import losses_page, options_page
 from .heads_table import table
@@ -37,12 +37,12 @@ def test_options_page_is_current() -> None:
 def test_options_page_has_every_option_once() -> None:
     """Each field of the dataclasses has a row, with its help."""
     rows = [line for line in options_page.page().splitlines() if line.startswith("| `")]
-    for cls in (DistillationOptions, RunOptions, GenerateOptions):
+    for cls in (DistillationOptions, RunOptions, GenerateOptions, TeachOptions):
         for field in fields(cls):
             assert any(row.startswith(f"| `{field.name}` |") for row in rows), field.name
     own = ShrinkOptions.__annotations__
     assert all(any(row.startswith(f"| `{name}` |") for row in rows) for name in own)
-    shared = sum(len(fields(cls)) for cls in (DistillationOptions, RunOptions, GenerateOptions))
+    shared = sum(len(fields(cls)) for cls in (DistillationOptions, RunOptions, GenerateOptions, TeachOptions))
     assert len(rows) == shared + len(own)
 
 

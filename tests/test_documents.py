@@ -20,7 +20,7 @@ from transformers import (
 import hf_kd
 from hf_kd import caching, cli
 from hf_kd.config import parse, parse_one
-from hf_kd.options import GenerateOptions, ShrinkOptions
+from hf_kd.options import GenerateOptions, ShrinkOptions, TeachOptions
 
 from . import documents
 from .documents import NOT_RUN, OTHERS, ROOT, RUN, SHORT, Block, blocks, commands
@@ -101,6 +101,8 @@ def check_options(command: str, rest: list[str]) -> None:
         parse_one(ShrinkOptions, rest)
     elif command == "generate":
         parse_one(GenerateOptions, rest)
+    elif command == "teach":
+        parse_one(TeachOptions, rest)
     elif command == "cache" and rest[0] in ("plan", "verify") and rest[1].startswith("-"):
         caching._parse(f"cache {rest[0]}", rest[1:])
     elif command == "cache" and rest[0].startswith("-"):

@@ -12,6 +12,7 @@ from .layers import without_features
 from .run import RunOptions
 from .shrink import ShrinkOptions
 from .student import StudentOptions
+from .teach import TeachOptions
 
 __all__ = [
     "DistillationOptions",
@@ -19,6 +20,7 @@ __all__ = [
     "RunOptions",
     "ShrinkOptions",
     "StudentOptions",
+    "TeachOptions",
     "as_mapping",
     "nearest",
     "raise_problems",

@@ -13,6 +13,7 @@ SERVER_FORMAT_NAMES = ("vllm", "openai", "sglang", "llama.cpp")
 CACHE_MISS_NAMES = ("error", "compute")
 SELF_TEACHER_NAMES = ("ema", "frozen", "adapters_off", "deeper")
 ENSEMBLE_WEIGHTING_NAMES = ("fixed", "learned", "confidence")
+AHEAD_NAMES = ("auto", "on", "off")
 QUANTIZATION_NAMES = ("int8-dynamic", "bnb-8bit", "bnb-4bit")
 
 
@@ -37,6 +38,9 @@ class TeacherOptions:
         None, """one teacher a row, by column teacher_id: '{"17": 0, "23": 1}'"""
     )
     teacher_timeout: float | None = option(None, "seconds that it may take for a batch (default: no limit)")
+    teacher_ahead: str = option(
+        "auto", "ask it for the next batch while the student works: auto (one elsewhere), on, off"
+    )
     self_teacher: str | None = option(None, "the student's own: ema, frozen, adapters_off, deeper")
     exit_layers: list[int] | None = option(None, "layers that the last one teaches (default: half way)")
     self_teacher_dropout: bool = option(False, "leave its dropout on: another view of each row")
@@ -55,6 +59,7 @@ class TeacherOptions:
         known = {
             "server_format": SERVER_FORMAT_NAMES,
             "teacher_dtype": (*DTYPE_NAMES, None),
+            "teacher_ahead": AHEAD_NAMES,
             "cache_miss": CACHE_MISS_NAMES,
             "teacher_quantization": (*QUANTIZATION_NAMES, None),
             "self_teacher": (*SELF_TEACHER_NAMES, None),

@@ -14,6 +14,8 @@ from .cache.make import sparse_manifest, tokenizer_hash
 from .cache.opening import open_cache, start_cache
 from .deeper import DeeperTeacher
 from .ensemble import Ensemble
+from .group import GroupTeacher, group_teacher
+from .link import is_link
 from .models import ModelTeacher, fingerprint
 from .quantise import loading_options, quantise
 from .selves import AdaptersOffTeacher, EMATeacher, FrozenTeacher, self_teacher
@@ -30,6 +32,7 @@ __all__ = [
     "EMATeacher",
     "Ensemble",
     "FrozenTeacher",
+    "GroupTeacher",
     "ModelTeacher",
     "ServedTeacher",
     "SparseSignal",
@@ -45,8 +48,9 @@ def resolve_teacher(
     """The teacher of a run: a name is loaded, a model is frozen and placed, a `Teacher` is taken as it is.
 
     Args:
-        teacher: A name, the address of a server (`http://...`), a model, or a `Teacher`; or a list of them,
-            which are averaged, or routed where `teacher_routes` says so.
+        teacher: A name, the address of a server (`http://...`) or of a teacher group (`torch://...`), a
+            model, or a `Teacher`; or a list of them, which are averaged, or routed where `teacher_routes`
+            says so.
         task: The head.
         args: The options.
         student: The student.
@@ -130,6 +134,8 @@ def _resolve(
     *,
     place: bool = True,
 ) -> Teacher:
+    if is_link(teacher):
+        return group_teacher(teacher, args, task=task, student=student, processor=processor)
     if is_address(teacher):
         return served_teacher(teacher, args, task=task, student=student, tokenizer=processor)
     if isinstance(teacher, str):
@@ -177,6 +183,11 @@ def _from_cache(
 ) -> CachedTeacher:
     """What the teacher said before; it is loaded only if it may be asked about rows that are not there."""
     name = teacher if isinstance(teacher, str) else None
+    if is_link(name):
+        raise ValueError(
+            f"teacher={name!r} with teacher_cache={args.teacher_cache!r}: a teacher group keeps nothing. "
+            "Fill the cache where the model is (hf-kd cache --teacher PATH), or drop one."
+        )
     live, asked = None, args.cache_miss == "compute"
     if teacher is not None and (name is None or asked or is_address(name)):
         live = _live(teacher, task, args, student=student, processor=processor, place=asked)

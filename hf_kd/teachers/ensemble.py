@@ -153,6 +153,11 @@ class Ensemble:
         self._offloaded = moved
 
     @property
+    def offloaded(self) -> bool:
+        """Whether the models are moved to the device one at a time."""
+        return self._offloaded is not _here
+
+    @property
     def identity(self) -> dict[str, str]:
         """The members' identities, and how they are mixed."""
         parts = [member.teacher.identity for member in self.members]

@@ -113,6 +113,23 @@ def signal_of(
     return TeacherSignal(logits=found)
 
 
+def as_arrays(tensors: Mapping[str, Tensor], manifest: Manifest) -> dict[str, np.ndarray]:
+    """What came from another process, as `signal_of` takes it.
+
+    Raises:
+        CacheError: If it is not what the manifest announces.
+    """
+    shapes: dict[str, list[int]] = dict(manifest.shapes)
+    stored = "uint16" if manifest.stored == "bfloat16" else manifest.stored
+    if manifest.codec is not None:
+        shapes, stored = {"sparse": [SparseCodec(**manifest.codec).stride]}, "uint8"
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    said = {name: (str(array.dtype), list(array.shape[1:])) for name, array in arrays.items()}
+    if said != {name: (stored, shape) for name, shape in shapes.items()}:
+        raise CacheError(f"the answer is {said}, and {shapes} of {stored} were announced")
+    return arrays
+
+
 def positions_of(values: Tensor, mask: Tensor, piece: Piece) -> Tensor:
     """What a batch's `[B, L, ...]` says of an input, `[positions, ...]`."""
     if values.shape[:2] != mask.shape:

@@ -105,17 +105,28 @@ class Manifest:
                 f"{folder / MANIFEST_FILE} is damaged or was edited (its checksum is another): make the "
                 "cache again"
             )
+        try:
+            return cls.of(content)
+        except CacheError as error:
+            raise CacheError(
+                f"{folder / MANIFEST_FILE} is damaged ({error}): make the cache again"
+            ) from error
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Manifest:
+        """A manifest from its fields, of any origin.
+
+        Raises:
+            CacheError: If they are not those of a manifest, or don't fit together.
+        """
         specs = {spec.name: spec for spec in dataclasses.fields(cls)}
         required = {n for n, s in specs.items() if s.default is s.default_factory is dataclasses.MISSING}
         if set(content) - set(specs) or required - set(content):
-            raise CacheError(
-                f"{folder / MANIFEST_FILE} has the fields {sorted(content)}, not those of a manifest: it is "
-                "damaged, make the cache again"
-            )
+            raise CacheError(f"it has the fields {sorted(content)}, not those of a manifest")
         made = cls(**content)
         problem = made._problem()
         if problem:
-            raise CacheError(f"{folder / MANIFEST_FILE} is damaged ({problem}): make the cache again")
+            raise CacheError(problem)
         return made
 
     def write(self, folder: Path) -> None:
