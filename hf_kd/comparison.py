@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
-from hf_kd import costs, evaluating, measure, provenance
+from hf_kd import costs, evaluating, measure, paired, provenance
 from hf_kd.alignment import align_labels, label_names
 from hf_kd.config import DistillationArguments
 from hf_kd.data.prepare import Prepared
@@ -73,6 +73,7 @@ def compare(
             **meter.record(),
         },
         training=training,
+        differences=paired.differences(evaluated, data.primary_metric if labelled else None),
         behaviour=evaluating.behaviour(
             evaluated,
             rows,

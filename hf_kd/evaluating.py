@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,16 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback
+from transformers import EvalPrediction, PrinterCallback
 
 from hf_kd import errors
 from hf_kd.answers import logits_of
 from hf_kd.behaviour import Behaviour, PositionKL, describe_behaviour, most_different
+from hf_kd.errors import Samples
 from hf_kd.losses.divergences import forward_kl, log_probs
-from hf_kd.measure import RUNTIME
 from hf_kd.metrics import perplexity
 from hf_kd.objective import STATISTICS, select
-from hf_kd.results import PROPORTIONS
 from hf_kd.sharding import in_pieces
 from hf_kd.slices import Slice, slice_rows
 from hf_kd.tasks import SequenceClassification
@@ -58,6 +58,7 @@ class Evaluation:
         labels: `[N]`, likewise.
         rows: `[N, len(STATISTICS)]` sums per row (`Objective.evaluate`).
         errors: Standard errors, by metric without a prefix.
+        samples: `[RESAMPLES]` bootstrap values, likewise; of the same draws of rows in every arm.
     """
 
     scores: dict[str, float]
@@ -65,6 +66,7 @@ class Evaluation:
     labels: Any = None
     rows: Any = None
     errors: dict[str, float] = field(default_factory=dict)
+    samples: Samples = field(default_factory=dict)
 
     def per_row(self, name: str, count: str) -> np.ndarray | None:
         """`[N]` mean of a statistic per row, NaN where a row has none; None if no row has any."""
@@ -98,46 +100,69 @@ def evaluate(
     trainer.remove_callback(PrinterCallback)  # the table says it
     trainer.scores.rows = []
     logits = labels = None
-    if _one_class_a_row(trainer):
-        predicted, labels, metrics = trainer.predict(rows, metric_key_prefix="eval")
-        classes = getattr(getattr(trainer.student, "config", None), "num_labels", None)
-        if isinstance(predicted, np.ndarray) and predicted.ndim == 2 and predicted.shape[1] == classes:
-            logits = predicted
-    else:
-        metrics = trainer.evaluate(rows)
+    with _watched(trainer) as seen:
+        if _one_class_a_row(trainer):
+            predicted, labels, metrics = trainer.predict(rows, metric_key_prefix="eval")
+            classes = getattr(getattr(trainer.student, "config", None), "num_labels", None)
+            if isinstance(predicted, np.ndarray) and predicted.ndim == 2 and predicted.shape[1] == classes:
+                logits = predicted
+        else:
+            metrics = trainer.evaluate(rows)
     scores = {**(metrics or {}), **(known or {})}
     if primary == "perplexity" and "eval_loss" in scores:
         scores["eval_perplexity"] = perplexity(scores["eval_loss"])
     sums = torch.cat(trainer.scores.rows).numpy() if trainer.scores.rows else None
     found = Evaluation(scores, logits, labels, sums)
-    metric = primary or _first_metric(trainer, scores)
-    return replace(found, errors=_errors(trainer, found, metric))
+    if trainer.args.process_index != 0:
+        return found  # the others write nothing
+    samples = _samples(trainer, found, seen)
+    return replace(found, errors=_errors(found, samples), samples=samples)
 
 
-def _first_metric(trainer: DistillationTrainer, scores: Mapping[str, float]) -> str | None:
-    """What a script is judged by, if it does not say: `metric_for_best_model` or its first metric."""
-    best = str(trainer.args.metric_for_best_model or "").removeprefix("eval_")
-    named = [name.removeprefix("eval_") for name in scores if name.startswith("eval_")]
-    own = [name for name in named if name not in (*OWN_METRICS, *RUNTIME)]
-    return best if best in named else own[0] if own else None
+@contextmanager
+def _watched(trainer: DistillationTrainer) -> Iterator[list[EvalPrediction]]:
+    """What the metrics of an evaluation are computed from."""
+    compute: Any = trainer.compute_metrics
+    seen: list[EvalPrediction] = []
+
+    def watching(prediction: EvalPrediction) -> Any:
+        seen.append(prediction)
+        return compute(prediction)
+
+    if compute is not None and not trainer.args.batch_eval_metrics:
+        trainer.compute_metrics = watching
+    try:
+        yield seen
+    finally:
+        trainer.compute_metrics = compute
 
 
-def _errors(trainer: DistillationTrainer, found: Evaluation, metric: str | None) -> dict[str, float]:
-    """Standard errors of the loss on the labels, of perplexity, and of the metric that decides.
-
-    That of a share of rows follows from its value, and is left to `Results`.
-    """
-    made: dict[str, float | None] = {}
-    if found.rows is not None and "eval_loss" in found.scores:
-        task, count = (found.rows[:, STATISTICS.index(name)] for name in ("task", "task_count"))
-        made["loss"] = errors.of_mean(task, count)
-        if "eval_perplexity" in found.scores and made["loss"] is not None:
-            made["perplexity"] = made["loss"] * found.scores["eval_perplexity"]
+def _samples(trainer: DistillationTrainer, found: Evaluation, seen: list[EvalPrediction]) -> Samples:
+    """Bootstrap values of the metrics, of the loss on the labels and of perplexity."""
     compute = trainer.compute_metrics
-    judged = metric is not None and metric not in (*PROPORTIONS, *made)
-    if judged and compute is not None and found.logits is not None and found.labels is not None:
-        made[str(metric)] = errors.bootstrap(compute, found.logits, np.asarray(found.labels), str(metric))
-    return {name: error for name, error in made.items() if error is not None}
+    made: Samples = {}
+    if compute is not None and len(seen) == 1:
+        made = errors.bootstrap(compute, seen[0])
+    if found.rows is not None and "eval_loss" in found.scores:
+        loss = errors.of_ratio(*(found.rows[:, STATISTICS.index(name)] for name in ("task", "task_count")))
+        if loss is not None:
+            made["loss"] = loss
+            if "eval_perplexity" in found.scores:
+                made["perplexity"] = np.exp(np.minimum(loss, 700))
+    return made
+
+
+def _errors(found: Evaluation, samples: Samples) -> dict[str, float]:
+    """Standard errors of all that was sampled; in closed form for the loss on the labels and perplexity."""
+    made = {name: float(np.std(values, ddof=1)) for name, values in samples.items()}
+    if found.rows is not None and "loss" in made:
+        task, count = (found.rows[:, STATISTICS.index(name)] for name in ("task", "task_count"))
+        made["loss"] = errors.of_mean(task, count) or 0.0
+        if "perplexity" in made:
+            made["perplexity"] = made["loss"] * found.scores["eval_perplexity"]
+    if found.right is not None and "eval_accuracy" in found.scores:
+        made.pop("accuracy", None)  # follows from its value
+    return made
 
 
 def _one_class_a_row(trainer: DistillationTrainer) -> bool:

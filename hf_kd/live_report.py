@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 from torch import Tensor, nn
 
-from hf_kd import evaluating, measure
+from hf_kd import evaluating, measure, paired
 from hf_kd.alignment import ClassMap, label_names
 from hf_kd.card import write_card
 from hf_kd.comparison import folder_of, measured, sources, teacher_of
@@ -119,6 +119,7 @@ def report(
             **trainer.meter.record(),
         },
         training=numbers_of(trainer.state.log_history),
+        differences=paired.differences(evaluated, primary),
         behaviour=evaluating.behaviour(evaluated, plain, processor=trainer.processing_class, names=names),
         positions=evaluating.kl_by_position(trainers, plain, collator),
         slices=evaluating.slices(

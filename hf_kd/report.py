@@ -14,6 +14,7 @@ from rich.text import Text
 
 from hf_kd.results import SPIKES, Arm, Results
 from hf_kd.slices import Interval
+from hf_kd.verdict import number
 
 # Rows of the table after the task's metrics: a label and how an arm shows it. A row no arm has is left out.
 _ROWS: dict[str, Callable[[Arm], str | None]] = {
@@ -47,8 +48,10 @@ def print_table(results: Results, console: Console | None = None) -> None:
     names = list(results.arms)
     for first in range(0, len(names), _ARMS_IN_A_TABLE):
         console.print(_table(results, names[first : first + _ARMS_IN_A_TABLE]))
-    for label, said in headline(results):
-        console.print(Text.assemble((f"{label + ':':<14}", "bold"), said))
+    lines = headline(results)
+    width = max(len(label) for label, _ in lines) + 2
+    for label, said in lines:
+        console.print(Text.assemble((f"{label + ':':<{width}}", "bold"), said))
     console.print(Text(results.verdict, style="bold"))
     if results.slices:
         console.print(_slice_table(results))
@@ -98,7 +101,8 @@ def comparison(results: Results, names: Sequence[str]) -> list[Row]:
     rows = []
     for metric in _metrics(results):
         primary = metric == results.primary_metric
-        label = f"{metric} (± SE)" if primary and any(map(results.standard_error, names)) else metric
+        known = any(results.standard_error(name, metric) is not None for name in names)
+        label = f"{metric} (± SE)" if known else metric
         rows.append(Row(label, [_metric(results, name, metric) for name in names], primary))
     for label, show in _ROWS.items():
         cells = [show(results.arms[name]) or "–" for name in names]
@@ -152,7 +156,11 @@ def headline(results: Results) -> list[tuple[str, str]]:
         (label, f"not defined: {ratio.reason}" if ratio.value is None else _percent(ratio.value))
         for label, ratio in shown
     ]
-    happened = ", ".join(f"{count} {SPIKES[name]}" for name, count in results.spikes.items())
+    paired = results.difference("student", "control")
+    if paired is not None:
+        ends = f"{number(paired.low)} to {number(paired.high)}"
+        lines.append(("Student - control", f"{number(paired.value)}, 95 % interval {ends}"))
+    happened = " · ".join(f"{SPIKES[name]}: {count}" for name, count in results.spikes.items())
     return [*lines, ("Training", happened)] if happened else lines
 
 
@@ -189,10 +197,10 @@ def _metric(results: Results, arm: str, metric: str) -> str:
     value = results.arms[arm].metrics.get(metric)
     if value is None:
         return "–"
-    error = results.standard_error(arm) if metric == results.primary_metric else None
-    if error is None:
+    error = results.standard_error(arm, metric)
+    if error is None or not math.isfinite(value):
         return decimal(value)
-    digits = 2 if results.scale == 100 else 4
+    digits = 2 if max(abs(value), error) >= 10 else 4
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 

@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_kd.behaviour import Behaviour, PositionKL
+from hf_kd.paired import PairedDifference
 from hf_kd.schema import build, to_json
 from hf_kd.slices import Slice
+from hf_kd.verdict import number, verdict
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 # No count of anything is above; integers of any size are not numbers that one can divide.
 _LARGEST = 1 << 63
@@ -134,6 +136,8 @@ class Results:
         behaviour: how student and teacher answer the same rows; None for heads without one class a row.
         positions: KL to the teacher along the sequence, for heads with one position a token.
         slices: quality of every arm on parts of the evaluation rows.
+        differences: the student and every further student against the control, and the student against the
+            teacher, in the primary metric on the same rows, where these were kept.
 
     Raises:
         ValueError: an arm or the primary metric is missing, or a value is impossible; all problems at once.
@@ -150,6 +154,7 @@ class Results:
     behaviour: Behaviour | None = None
     positions: list[PositionKL] = field(default_factory=list)
     slices: list[Slice] = field(default_factory=list)
+    differences: list[PairedDifference] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -171,13 +176,13 @@ class Results:
     @property
     def quality_kept(self) -> Ratio:
         """Student / teacher in the primary metric; teacher / student where lower is better."""
-        scores, reason = self._scores("teacher", "student")
+        scores, reason = self.scores("teacher", "student")
         if reason:
             return Ratio(None, reason)
         teacher, student = scores
         above, below = (student, teacher) if self.greater_is_better else (teacher, student)
         if above < 0 or below <= 0:
-            return Ratio(None, f"the ratio of {_number(above)} to {_number(below)} says nothing")
+            return Ratio(None, f"the ratio of {number(above)} to {number(below)} says nothing")
         return Ratio(above / below)
 
     @property
@@ -187,17 +192,17 @@ class Results:
         What the teacher added, where `quality_kept` mostly shows what any student reaches. Not defined where
         the control is as good as the teacher, for then there is no gap.
         """
-        scores, reason = self._scores("teacher", "student", "control")
+        scores, reason = self.scores("teacher", "student", "control")
         if reason:
             return Ratio(None, reason)
         teacher, student, control = scores
-        gap = self._lead(teacher, control)
+        gap = self.lead(teacher, control)
         if abs(gap) <= 1e-9 * max(abs(teacher), abs(control)):
-            return Ratio(None, f"teacher and control score the same ({_number(teacher)}), there is no gap")
+            return Ratio(None, f"teacher and control score the same ({number(teacher)}), there is no gap")
         if gap < 0:
-            better = f"the control ({_number(control)}) is better than the teacher ({_number(teacher)})"
+            better = f"the control ({number(control)}) is better than the teacher ({number(teacher)})"
             return Ratio(None, better)
-        return Ratio(self._lead(student, control) / gap)
+        return Ratio(self.lead(student, control) / gap)
 
     @property
     def spikes(self) -> dict[str, int]:
@@ -214,19 +219,27 @@ class Results:
             return None
         return 100.0 if any(arm.metrics[self.primary_metric] > 1 for arm in self.arms.values()) else 1.0
 
-    def standard_error(self, name: str) -> float | None:
-        """Standard error of an arm's score: the one that was measured, or that of a share of rows.
+    def standard_error(self, name: str, metric: str | None = None) -> float | None:
+        """Standard error of an arm's metric: the one that was measured, or that of a share of rows.
 
-        The latter is sqrt(p (1 - p) / examples), if the metric is a proportion and `examples` is known; else
-        None.
+        The latter is sqrt(p (1 - p) / examples), for the primary metric if it is a proportion and `examples`
+        is known; else None.
         """
-        if name in self.arms and self.primary_metric in self.arms[name].errors:
-            return self.arms[name].errors[self.primary_metric]
+        metric = metric or self.primary_metric
+        if name in self.arms and metric in self.arms[name].errors:
+            return self.arms[name].errors[metric]
         value, scale = self.score(name), self.scale
-        if value is None or scale is None or self.examples is None or not 0 <= value / scale <= 1:
+        if value is None or scale is None or self.examples is None or metric != self.primary_metric:
             return None
         share = value / scale
-        return scale * math.sqrt(share * (1 - share) / self.examples)
+        return scale * math.sqrt(share * (1 - share) / self.examples) if 0 <= share <= 1 else None
+
+    def difference(self, one: str, other: str) -> PairedDifference | None:
+        """How two arms differ in the primary metric on the same rows; None where that is not known."""
+        for found in self.differences:
+            if (found.one, found.other, found.metric) == (one, other, self.primary_metric):
+                return found
+        return None
 
     def standard_error_of_difference(self, one: str, other: str) -> float | None:
         """Standard error of the difference of two arms' scores, as if they had seen different examples.
@@ -240,7 +253,7 @@ class Results:
     @property
     def verdict(self) -> str:
         """Two plain sentences: what the student keeps at what cost, and whether the teacher helped."""
-        return f"{self._kept_sentence()} {self._control_sentence()}"
+        return verdict(self)
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the results as JSON; readers of `path` see the old file or the new one, never a torn one."""
@@ -293,10 +306,11 @@ class Results:
             raise ValueError(f"{path}: " + "; ".join(problems))
         return results
 
-    def _lead(self, one: float, other: float) -> float:
+    def lead(self, one: float, other: float) -> float:
+        """How much better a score is than another one."""
         return one - other if self.greater_is_better else other - one
 
-    def _scores(self, *names: str) -> tuple[list[float], str | None]:
+    def scores(self, *names: str) -> tuple[list[float], str | None]:
         """The scores of the arms called `names`, or why they cannot be compared."""
         missing = [name for name in names if name not in self.arms]
         if missing:
@@ -308,41 +322,6 @@ class Results:
             f"{name} {score}" for name, score in zip(names, scores, strict=True) if not math.isfinite(score)
         ]
         return scores, f"{self.primary_metric} is not finite ({', '.join(bad)})" if bad else None
-
-    def _kept_sentence(self) -> str:
-        teacher, student = self.arms["teacher"], self.arms["student"]
-        cost = f"{_percent(student.parameters / max(1, teacher.parameters))} of its parameters"
-        if teacher.latency and student.latency and teacher.latency[0].median_ms:
-            ratio = student.latency[0].median_ms / teacher.latency[0].median_ms
-            cost += f" and {_percent(ratio)} of its latency"
-        kept, (scores, _) = self.quality_kept, self._scores("teacher", "student")
-        if kept.value is not None:
-            quality = f"quality ({self.primary_metric} {_number(scores[1])}, teacher {_number(scores[0])})"
-            return f"The student keeps {_percent(kept.value)} of the teacher's {quality} at {cost}."
-        if self.primary_metric is not None or student.eval_kl is None or student.eval_agreement is None:
-            return f"Quality kept is not known: {kept.reason}."
-        behaviour = (
-            f"{_percent(student.eval_agreement)} of the positions, {student.eval_kl:.3g} nats (KL) away"
-        )
-        return f"The student agrees with the teacher on {behaviour}, at {cost}."
-
-    def _control_sentence(self) -> str:
-        scores, reason = self._scores("student", "control")
-        if reason:
-            return f"Whether the teacher helped is not known: {reason}."
-        lead, error = self._lead(*scores), self.standard_error_of_difference("student", "control")
-        said = f"{self.primary_metric} {_number(scores[0])} with it, {_number(scores[1])} without"
-        if lead == 0:
-            return f"The teacher made no difference ({said})."
-        if error and abs(lead) <= error:
-            inside = f"{abs(lead):.2g} is inside the standard error of {error:.2g}"
-            return f"No measurable effect of the teacher ({said}): the difference of {inside}."
-        if error:
-            weak = ", so more data or seeds are needed to be sure" if abs(lead) < 2 * error else ""
-            said += f"; {abs(lead) / error:.1f} standard errors apart{weak}"
-        if lead > 0:
-            return f"The teacher helped ({said})."
-        return f"The teacher did not help, the same student trained without it is better ({said})."
 
 
 def _arm_problems(arm: Arm, primary_metric: str | None) -> list[str]:
@@ -359,11 +338,3 @@ def _arm_problems(arm: Arm, primary_metric: str | None) -> list[str]:
     if agreement is not None and (agreement < 0 or agreement > 1):
         problems.append(f"eval_agreement is {agreement}, outside [0, 1]")
     return problems
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1 else f"{value:.4g}"

@@ -106,6 +106,19 @@ def test_every_arm_is_scored_on_the_same_rows_in_the_order_of_its_own_labels(rep
     assert results.arms["student"].bytes_on_disk > 0
 
 
+def test_differences_are_those_of_the_same_rows(reported):
+    """Trap 52: every student against the control, and the student against its teacher."""
+    _, results, _ = reported
+    assert [(d.one, d.other) for d in results.differences] == [
+        ("student", "control"), ("wide", "control"), ("student", "teacher"),
+    ]  # fmt: skip
+    for found in results.differences:
+        scores = [results.arms[name].metrics["accuracy"] for name in (found.one, found.other)]
+        assert found.value == pytest.approx(scores[0] - scores[1]) and found.how == "mcnemar"
+        assert found.low <= found.value <= found.high
+    assert {"loss"} <= results.arms["student"].errors.keys()
+
+
 def test_rows_are_matched_with_their_slices_even_where_training_groups_them_by_length(reported):
     trainer, results, _ = reported
     part = next(part for part in results.slices if (part.by, part.value) == ("source", "y"))

@@ -77,7 +77,8 @@ def test_ratios_and_verdict_follow_the_table():
     said = " ".join(text(results()).split())
     assert "Quality kept: 99.0 %" in said
     assert "Gap closed: 75.0 %" in said
-    assert "The teacher helped" in said
+    assert "these rows can show (accuracy 0.9700 with it, 0.9400 without; 1.9 standard errors apart)" in said
+    assert "The teacher helped" in " ".join(text(replace(results(), examples=10_000)).split())
 
 
 def test_the_table_says_that_the_student_lost_to_the_control():

@@ -230,7 +230,7 @@ def test_reported() -> None:
     log = [{"loss": 1.0}, {"loss": 1.0, "spikes_kl": 1.0}, {"spikes_kl": 2.0, "steps_skipped": 2.0}]
     results = Results("t", "accuracy", True, {"teacher": arm, "student": arm}, training=log)
     assert results.spikes == {"spikes_kl": 2, "steps_skipped": 2}
-    assert ("Training", "2 spikes of the distillation term, 2 steps dropped") in headline(results)
+    assert ("Training", "spikes of the distillation term: 2 · steps dropped: 2") in headline(results)
     assert len(headline(Results("t", "accuracy", True, {"teacher": arm, "student": arm}))) == 2
     from hf_kd.results import SPIKES
 

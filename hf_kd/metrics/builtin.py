@@ -57,6 +57,17 @@ class F1(_BuiltIn):
         score = f1_score(np.asarray(references), np.asarray(predictions), average="macro", zero_division=0)
         return {"f1": float(score)}
 
+    def again(self, predictions: Any, references: Any) -> dict[str, float]:
+        """The same from counts of classes, thirty times as fast: a bootstrap asks hundreds of times."""
+        ours, true = np.asarray(predictions), np.asarray(references)
+        if ours.ndim != 1:
+            return self._compute(ours, true)
+        size = int(max(ours.max(), true.max())) + 1
+        found, there = (np.bincount(side, minlength=size) for side in (ours, true))
+        right = np.bincount(true[ours == true], minlength=size)
+        occurs = found + there > 0
+        return {"f1": float((2 * right[occurs] / (found + there)[occurs]).mean())}
+
 
 class EntityF1(_BuiltIn):
     """F1 of whole entities, micro-averaged: an entity counts if its type and both its ends are right.
@@ -70,6 +81,10 @@ class EntityF1(_BuiltIn):
     inputs = {"predictions": datasets.List(_NAME), "references": datasets.List(_NAME)}
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        return self.of_counts(self.count(predictions, references))
+
+    def count(self, predictions: Any, references: Any) -> np.ndarray:
+        """`[5]` numbers of entities that were found, are there, are both; of equal tags and of tags."""
         found = right = there = equal = tags = 0
         for predicted, true in zip(predictions, references, strict=True):
             if len(predicted) != len(true):
@@ -78,6 +93,11 @@ class EntityF1(_BuiltIn):
             found, there, right = found + len(ours), there + len(theirs), right + len(ours & theirs)
             equal += sum(a == b for a, b in zip(predicted, true, strict=True))
             tags += len(true)
+        return np.array([found, there, right, equal, tags])
+
+    def of_counts(self, counts: Sequence[int] | np.ndarray) -> dict[str, float]:
+        """The metrics, from the sums of such numbers."""
+        found, there, right, equal, tags = map(int, counts)
         return {
             "entity_f1": 2 * right / (found + there) if found + there else 0.0,
             "entity_precision": right / found if found else 0.0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,20 +85,77 @@ def make_compute_metrics(
                 f"{len(label_names or ())} label names gives {' and '.join(forms)}: use {', '.join(fit)}"
             )
 
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    return _Computed(modules, takes, task, label_names, allowed)
+
+
+class _Computed:
+    """What `make_compute_metrics` returns."""
+
+    def __init__(self, modules: Sequence[Any], takes: Sequence[str], *about: Any) -> None:
+        self.modules, self.takes, self.about = modules, takes, about
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        return self._values(prediction, lambda module, found: module.compute(**found))
+
+    def resamples(
+        self, prediction: EvalPrediction, draws: Iterable[np.ndarray]
+    ) -> Iterator[dict[str, float]]:
+        """The metrics of each draw `[N]` of row numbers.
+
+        What is built in is computed from the arrays, without the tables of `evaluate`, and where it is made
+        of counts a row, from these.
+        """
+        counted = {m: self._counts(m, prediction) for m in self.modules if hasattr(m, "count")}
+
+        def again(module: Any, found: dict[str, Any]) -> dict[str, Any]:
+            if type(module) not in BUILT_IN.values():
+                return module.compute(**found)
+            return getattr(module, "again", module._compute)(**found)
+
+        for rows in draws:
+            values: dict[str, Any] = {}
+            for module, counts in counted.items():
+                values.update(module.of_counts(counts[rows].sum(0)))
+            rest = [module for module in self.modules if module not in counted]
+            yield values | (self._values(take(prediction, rows), again, rest) if rest else {})
+
+    def _values(
+        self,
+        prediction: EvalPrediction,
+        compute: Callable[[Any, dict[str, Any]], dict[str, Any] | None],
+        modules: Sequence[Any] | None = None,
+    ) -> dict[str, float]:
         if prediction.label_ids is None:
             return {}
         values: dict[str, Any] = {}
         views: dict[str, Any] = {}
-        for module, form in zip(modules, takes, strict=True):
+        for module, form in zip(self.modules, self.takes, strict=True):
+            if modules is not None and module not in modules:
+                continue
             if form not in views:
-                views[form] = _VIEWS[form](prediction, task, label_names, allowed)
+                views[form] = _VIEWS[form](prediction, *self.about)
             predictions, references = views[form]
             if len(references) > 0:
-                values.update(module.compute(predictions=predictions, references=references) or {})
+                values.update(compute(module, {"predictions": predictions, "references": references}) or {})
         return {key: float(value) for key, value in values.items() if np.ndim(value) == 0}
 
-    return compute_metrics
+    def _counts(self, module: Any, prediction: EvalPrediction) -> np.ndarray:
+        """`[N, K]` counts of a metric in each row."""
+        form = self.takes[self.modules.index(module)]
+        rows = range(len(_first(prediction.label_ids)))
+        seen = [_VIEWS[form](take(prediction, np.array([row])), *self.about) for row in rows]
+        return np.array([module.count(*row) for row in seen], dtype=np.int64)
+
+
+def take(seen: EvalPrediction, rows: np.ndarray) -> EvalPrediction:
+    """Some rows of predictions and labels, arrays `[N, ...]` or nested tuples of them."""
+    return EvalPrediction(predictions=_take(seen.predictions, rows), label_ids=_take(seen.label_ids, rows))
+
+
+def _take(values: Any, rows: np.ndarray) -> Any:
+    if isinstance(values, tuple | list):
+        return type(values)(_take(value, rows) for value in values)
+    return values[rows]
 
 
 def keep_top_class(logits: Any, labels: Any) -> Any:

@@ -1,0 +1,72 @@
+"""Whether it was worth it, in two plain sentences; "helped" only where the rows can show it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_kd.results import Results
+
+# Standard errors that a difference must have to be told from none, where nothing better is known.
+_Z = 1.959964
+
+
+def verdict(results: Results) -> str:
+    """What the student keeps at what cost, and whether the teacher helped."""
+    return f"{_kept(results)} {_helped(results)}"
+
+
+def _kept(results: Results) -> str:
+    teacher, student = results.arms["teacher"], results.arms["student"]
+    cost = f"{percent(student.parameters / max(1, teacher.parameters))} of its parameters"
+    if teacher.latency and student.latency and teacher.latency[0].median_ms:
+        ratio = student.latency[0].median_ms / teacher.latency[0].median_ms
+        cost += f" and {percent(ratio)} of its latency"
+    kept, (scores, _) = results.quality_kept, results.scores("teacher", "student")
+    if kept.value is not None:
+        quality = f"quality ({results.primary_metric} {number(scores[1])}, teacher {number(scores[0])})"
+        return f"The student keeps {percent(kept.value)} of the teacher's {quality} at {cost}."
+    if results.primary_metric is not None or student.eval_kl is None or student.eval_agreement is None:
+        return f"Quality kept is not known: {kept.reason}."
+    behaviour = f"{percent(student.eval_agreement)} of the positions, {student.eval_kl:.3g} nats (KL) away"
+    return f"The student agrees with the teacher on {behaviour}, at {cost}."
+
+
+def _helped(results: Results) -> str:
+    scores, reason = results.scores("student", "control")
+    if reason:
+        return f"Whether the teacher helped is not known: {reason}."
+    lead = results.lead(*scores)
+    said = f"{results.primary_metric} {number(scores[0])} with it, {number(scores[1])} without"
+    if lead == 0:
+        return f"The teacher made no difference ({said})."
+    clear, how = _clear(results, lead)
+    if clear is None:
+        return f"Whether the teacher made a difference can't be told: {said}, and {how}."
+    if not clear:
+        return f"No difference between with and without the teacher that these rows can show ({said}; {how})."
+    if lead > 0:
+        return f"The teacher helped ({said}; {how})."
+    return f"The teacher did not help, the same student trained without it is better ({said}; {how})."
+
+
+def _clear(results: Results, lead: float) -> tuple[bool | None, str]:
+    """Whether the rows can tell student and control apart, None where nobody knows; and the figures."""
+    paired = results.difference("student", "control")
+    if paired is not None:
+        ends = f"{number(paired.low)} to {number(paired.high)}"
+        return paired.is_clear, f"the difference is {number(paired.value)}, 95 % interval {ends}"
+    error = results.standard_error_of_difference("student", "control")
+    if not error:
+        return None, "the error of that metric is not known"
+    return abs(lead) > _Z * error, f"{abs(lead) / error:.1f} standard errors apart"
+
+
+def percent(share: float) -> str:
+    """A share as a person reads it."""
+    return f"{100 * share:.1f} %"
+
+
+def number(value: float) -> str:
+    """A score with four digits."""
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:.4g}"
