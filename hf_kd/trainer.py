@@ -378,13 +378,13 @@ class DistillationTrainer(Trainer):
         counts = num_items_in_batch
         if not isinstance(counts, Counts):
             counts = self._global_counts([plan.supervision])
-        mix, ranks = self.mix(), self.accelerator.num_processes
+        mix, world = self.mix(), self.accelerator.num_processes
         outputs = None
         fusion = None if return_outputs else self.fusion_for(batch)
         distil, seen = mix.alpha > 0 or self.features.wanted, self.features.seen()
         both: dict[str, Any] = {"distil": distil, "seen": seen, "question": self.ahead.turn(plan.question)}
         if fusion is not None:
-            given = {"supervision": plan.supervision, "counts": counts, "mix": mix, "ranks": ranks}
+            given = {"supervision": plan.supervision, "counts": counts, "mix": mix, "ranks": world}
             use = partial(fusion.terms, self.objective, **given)
             terms = self.pair.fused(fusion, model, batch, use, **both)
         else:
@@ -396,11 +396,11 @@ class DistillationTrainer(Trainer):
                 selection=plan.selection,
                 counts=counts,
                 mix=mix,
-                ranks=ranks,
+                ranks=world,
                 task=self._custom_task_loss(outputs, batch, counts),
                 outputs=outputs,
             )
-        terms = self.features.add(terms, seen, batch, plan.supervision, counts=counts, ranks=ranks)
+        terms = self.features.add(terms, seen, batch, plan.supervision, counts=counts, ranks=world)
         if self.is_in_train and model.training:
             self.terms.record(terms, rows)
         return (terms.loss, outputs) if return_outputs else terms.loss
