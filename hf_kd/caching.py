@@ -223,6 +223,11 @@ def _parse(command: str, argv: Sequence[str]) -> tuple[Asked, RunOptions, Distil
         if getattr(own, name) < 1:
             raise ValueError(f"{name}={getattr(own, name)} is below 1: leave it out for the default")
     run, args = parse(rest)
+    if run.streaming:
+        raise ValueError(
+            f"streaming=True, but hf-kd {command} counts the rows that it asks about: fill a cache while "
+            "training instead (teacher_cache=DIR and cache_miss=compute), or set streaming=false"
+        )
     if args.teacher_cache:
         raise ValueError(
             f"teacher_cache={args.teacher_cache!r} is for runs that read a cache: leave it out here"

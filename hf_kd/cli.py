@@ -72,8 +72,8 @@ student_max_bytes student_max_latency_ms student_calibration_rows
 predict_with_generate generation_max_length generation_num_beams slices term_gradients watts spike_action
 spike_threshold teacher_timeout
 """.split(),
-    "Training the teacher first (with train_teacher)": """
-teacher_epochs teacher_learning_rate teacher_batch_size
+    "Training the teacher first (with train_teacher); data as a stream (docs/scaling.md)": """
+teacher_epochs teacher_learning_rate teacher_batch_size streaming stream_buffer
 """.split(),
     "Data whose files, labels or masks are not the usual ones": """
 eval_file test_file column_names problem_type num_labels mlm_probability

@@ -268,6 +268,11 @@ def _build(values: dict[str, Any]) -> tuple[RunOptions, DistillationArguments]:
     early = DistillationOptions(**fields_of(DistillationOptions)).distillation_problems()
     if run.unlabelled and values["alpha"] != 1.0:
         problems.append(f"unlabelled=True and alpha={values['alpha']}: without labels set alpha=1")
+    if run.streaming and values["max_steps"] <= 0:
+        problems.append(
+            f"streaming=True and max_steps={values['max_steps']}: how many rows a stream has is not known, "
+            "so set max_steps to the number of optimizer steps"
+        )
     if problems:
         raise_problems([*problems, *early])
     return run, DistillationArguments(**fields_of(DistillationArguments))

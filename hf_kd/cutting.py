@@ -92,7 +92,8 @@ def calibration(
     options: StudentOptions, data: Prepared, *, batch_size: int = _BATCH, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Batches of the first training rows, with labels; the same in every run, and on every rank."""
-    count = min(options.calibration_rows, len(data.train)) if options.cuts else 0
+    rows = data.at_hand
+    count = min(options.calibration_rows, len(rows)) if options.cuts else 0
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -100,7 +101,7 @@ def calibration(
             random.seed(seed)
             np.random.seed(seed)
             return [
-                dict(data.collator([data.train[i] for i in range(first, min(first + batch_size, count))]))
+                dict(data.collator([rows[i] for i in range(first, min(first + batch_size, count))]))
                 for first in range(0, count, batch_size)
             ]
     finally:

@@ -186,7 +186,7 @@ def describe(setting: Setting) -> str:
     """What was resolved: the data, the budget, and every option that is not at its default."""
     run, args, data = setting.run, setting.args, setting.data
     test = f", {len(data.test)} test" if data.test is not None else ""
-    lines = [f"{run.task} on {run.dataset}: {len(data.train)} train, {len(data.eval)} eval{test} rows"]
+    lines = [f"{run.task} on {run.dataset}: {_rows_of(data.train)} train, {len(data.eval)} eval{test} rows"]
     chosen = {}
     for options in (run, args):
         for field in dataclasses.fields(options if options is run else DistillationOptions):
@@ -203,6 +203,10 @@ def describe(setting: Setting) -> str:
         f"device={args.device} x {args.world_size}  output_dir={args.output_dir}"
     )
     return "\n".join(lines)
+
+
+def _rows_of(rows: Any) -> str:
+    return str(len(rows)) if hasattr(rows, "__len__") else "a stream to"
 
 
 def train_control(

@@ -55,6 +55,8 @@ def load(run: RunOptions, args: DistillationArguments) -> Setting:
         problems.append(f"task={run.task!r}, but teacher={run.teacher!r} is a server, for causal-lm alone")
     if args.push_to_hub:
         problems.append("push_to_hub=True, but such a run has no card: upload the folder yourself")
+    if run.streaming:
+        problems.append("streaming=True, but a run with a server counts its rows: set streaming=false")
     raise_problems(problems)
     check_path(str(run.student), "student")
     shared: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}

@@ -121,9 +121,10 @@ def load(run: RunOptions, args: DistillationArguments) -> Setting:
 
     def prepared(model: PreTrainedModel, own: Any, other: Any) -> Prepared:
         with args.main_process_first(desc="preparing the rows"):
-            return prepare(
+            made = prepare(
                 raw, run, task=str(run.task), processor=own, config=model.config, teacher_processor=other
             )
+        return made.shuffled(args.seed, run.stream_buffer)
 
     teacher_data = prepared(teacher, teacher_processor, None)
     vocab = None

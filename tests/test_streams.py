@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import IterableDataset, load_dataset
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import IterableDataset as TorchStream
 
 from hf_kd import DistillationArguments, DistillationTrainer
+from hf_kd import run as runs
+from hf_kd.config import parse
 from hf_kd.rows import ROW
 from hf_kd.streams import Stream, lanes_of
 
@@ -278,3 +282,78 @@ def test_a_generator_is_a_stream(tmp_path: Path) -> None:
 def _shards(shards: list[int]) -> Iterator[dict[str, int]]:
     for shard in shards:
         yield from ({"x": 4 * shard + i} for i in range(4))
+
+
+# ---- through the command line ----
+
+
+def test_a_run_of_the_command_line_on_a_stream(tmp_path: Path, monkeypatch: Any) -> None:
+    """The teacher's training, the student's and the control's; resumed, it is the same student."""
+    rows = [{"text": f"{'good' if i % 2 else 'bad'} film number {i}", "label": i % 2} for i in range(60)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "model_type": "bert", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 16, "max_position_embeddings": 32,
+    }  # fmt: skip
+    common = (
+        "--task sequence-classification --train_teacher --student_layers 1 --streaming --stream_buffer 8 "
+        "--max_steps 8 --max_eval_samples 12 --per_device_train_batch_size 8 --save_steps 4 --use_cpu "
+        "--disable_tqdm --warmup_steps 0"
+    ).split()
+
+    def options(out: str, *more: str) -> Any:
+        models = ["--teacher_config", json.dumps(config), "--dataset", str(path)]
+        return parse([*models, *common, "--output_dir", str(tmp_path / out), *more])
+
+    trained: list[DistillationTrainer] = []
+    train = DistillationTrainer.train
+
+    def spy(self: DistillationTrainer, *args: Any, **kwargs: Any) -> Any:
+        trained.append(self)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "train", spy)
+    results = runs.distill(*options("out"))
+    assert list(results.arms) == ["teacher", "student", "control"] and results.examples == 12
+    assert [trainer.state.global_step for trainer in trained] == [8, 8, 8]  # 48 rows: more than one pass
+    assert all(isinstance(trainer.train_dataset, IterableDataset) for trainer in trained)
+    passes = itertools.islice(Stream(trained[1].train_dataset, block=8), 96)
+    seen = [tuple(row["input_ids"]) for row in passes]
+    assert len(set(seen)) == 48 and set(seen[:48]) == set(seen[48:]) and seen[:48] != seen[48:]
+    assert not set(seen) & {tuple(row["input_ids"]) for row in trained[1].eval_dataset}
+    undisturbed = load_file(tmp_path / "out" / "model.safetensors")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
+    runs.distill(*options("out", "--resume_from_checkpoint", "true", "--no_control"))
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert again.keys() == undisturbed.keys()
+    assert all(torch.equal(value, undisturbed[name]) for name, value in again.items())
+    with pytest.raises(ValueError, match=r"max_steps=-1.*set max_steps"):
+        options("none", "--max_steps", "-1")
+    with pytest.raises(ValueError, match="a stream has no epochs"):
+        options("none", "--teacher_epochs", "2")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be reset on Linux only")
+def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
+    """Twenty times the rows, 76 MB more of text, and less than half of that in memory at any time."""
+
+    def peak_of_reading(rows: int) -> float:
+        path = tmp_path / f"{rows}.jsonl"
+        with path.open("w") as lines:
+            for i in range(rows):
+                lines.write(json.dumps({"text": f"{i} " + "word " * 800}) + "\n")
+        read = {"split": "train", "streaming": True, "chunksize": 1 << 18}
+        data = load_dataset("json", data_files=str(path), **read)
+        data = data.map(lambda row: {"length": len(row["text"])}).shuffle(seed=0, buffer_size=100)
+        Path("/proc/self/clear_refs").write_text("5")
+        stream = itertools.islice(Stream(data, block=8), rows)
+        assert sum(1 for row in stream if row["length"] > 4000) == rows
+        path.unlink()
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+    few = peak_of_reading(1_000)
+    many = peak_of_reading(20_000)
+    print(f"\npeak of 4 MB: {few:.1f} MiB, of 80 MB: {many:.1f} MiB")
+    assert many - few < 35

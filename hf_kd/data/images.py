@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import numpy as np
-from datasets import Array3D, Audio, Dataset, Features, List, Value
+from datasets import Array3D, Audio, Dataset, Features, IterableDataset, List, Value
 from torch.utils.data import Dataset as TorchDataset
 
 from hf_kd.data.labels import encoder
@@ -20,7 +20,7 @@ _IN_MEMORY, _ON_DISK = 2**28, 2**30
 _SECONDS = 30
 
 
-def image_rows(rows: Dataset, context: Context) -> Any:
+def image_rows(rows: Any, context: Context) -> Any:
     """`pixel_values` `[C, H, W]` in float32 and `labels`; `teacher_pixel_values` where the teacher's differ.
 
     Small sets are held in memory, medium ones on disk; large ones are processed when they are read.
@@ -40,6 +40,8 @@ def image_rows(rows: Dataset, context: Context) -> Any:
             made["labels"] = [encode(value) for value in batch[context.label_column]]
         return made
 
+    if isinstance(rows, IterableDataset):
+        return cached_map(rows, prepare, context)
     first = prepare(rows[:1])
     shapes = {name: first[name][0].shape for name in processors}
     size = sum(4 * int(np.prod(shape)) for shape in shapes.values()) * len(rows)

@@ -117,6 +117,12 @@ def encoder(labels: Labels, config: Any) -> Callable[[Any], Any]:
 
     def one(value: Any) -> int:
         missing = value is None or value != value or (type(value) is int and value < 0)
+        if not missing and value not in ids:
+            raise ValueError(
+                f"label_column={labels.column!r} has {value!r}, which is none of the classes "
+                f"{_some(labels.names)} that the first rows of the stream have: set num_labels (class ids), "
+                "give the column the type ClassLabel, or set streaming=false"
+            )
         return IGNORE if missing else ids[value]
 
     if labels.problem_type == SINGLE:

@@ -35,6 +35,11 @@ def ready_rows(rows: Dataset, context: Context) -> Dataset:
         ValueError: If a row is longer than model or `max_length` allow, or has tokens that are unknown.
     """
     _refuse_other_tokens(context)
+    if context.options.streaming:
+        raise ValueError(
+            "streaming=True, but the rows are tokens already, which are read from the disk and checked as a "
+            "whole: set streaming=false, they don't lie in memory either"
+        )
     limit = row_length(context, sys.maxsize)
     size = max(len(context.processor), getattr(context.config, "vocab_size", 0) or 0)
     kept = rows.select_columns(list(TOKENS))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, Features
+from datasets import Features, IterableDataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
@@ -57,18 +57,20 @@ class Context:
 
 
 def cached_map(
-    rows: Dataset,
+    rows: Any,
     function: Callable[[dict[str, list[Any]]], dict[str, Any]],
     context: Context,
     *,
     features: Features | None = None,
-) -> Dataset:
-    """Map batches of rows to new columns, dropping the old ones.
+) -> Any:
+    """Map batches of rows to new columns, dropping the old ones; those of a stream when they are read.
 
     The cache is keyed by the rows, the processors, the settings and the code. Hashing the function instead,
     as `datasets` does, hashes a tokenizer with its state, which its first use changes: nothing is found
     again.
     """
+    if isinstance(rows, IterableDataset):
+        return rows.map(function, batched=True, remove_columns=rows.column_names)
     code = inspect.getsource(sys.modules[function.__module__])
     return rows.map(
         function,

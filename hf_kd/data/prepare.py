@@ -17,6 +17,7 @@ from hf_kd.data.language import are_tokens, causal_rows, masked_rows, pair_rows
 from hf_kd.data.mapping import Context, row_length
 from hf_kd.data.processors import treat_alike
 from hf_kd.data.spans import allowed_tokens, question_rows
+from hf_kd.data.streamed import Streamed
 from hf_kd.data.text import sequence_rows, token_rows
 from hf_kd.metrics import LOWER_IS_BETTER, Compute, default_metrics, keep_top_class, make_compute_metrics
 from hf_kd.options import RunOptions
@@ -53,6 +54,7 @@ class Prepared:
             `hf_kd.metrics.perplexity(eval_loss)`.
         greater_is_better: Whether more of it is better.
         columns: Of the rows of the final table, the columns that `slices` names, one value a row.
+        sample: The first training rows, where `train` is a stream.
     """
 
     train: Any
@@ -64,6 +66,18 @@ class Prepared:
     primary_metric: str
     greater_is_better: bool
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    sample: Any = None
+
+    @property
+    def at_hand(self) -> Any:
+        """Training rows that can be counted: the first ones, where they are a stream."""
+        return self.train if self.sample is None else self.sample
+
+    def shuffled(self, seed: int, buffer: int) -> Prepared:
+        """With a stream in another order in each pass; rows that can be counted are shuffled by Trainer."""
+        if self.sample is None or buffer <= 1:
+            return self
+        return replace(self, train=self.train.shuffle(seed=seed, buffer_size=buffer))
 
 
 def prepare(
@@ -116,7 +130,8 @@ def prepare(
     evaluated = [splits[name] for name in ("eval", "test") if name in splits]
     primary = {"seqeval": "entity_f1"}.get(metrics[0], metrics[0])
     return Prepared(
-        train=splits["train"],
+        train=_prepare_stream(raw.stream, context) if isinstance(raw, Streamed) else splits["train"],
+        sample=splits["train"] if isinstance(raw, Streamed) else None,
         eval=splits["eval"],
         test=splits.get("test"),
         collator=_collator(context),
@@ -182,6 +197,12 @@ def _prepare_split(rows: Dataset, name: str, context: Context) -> Any:
     if TEACHER_ID in part.column_names and len(made) == len(part) and isinstance(made, Dataset):
         made = made.add_column(TEACHER_ID, part[TEACHER_ID][:])
     return made
+
+
+def _prepare_stream(stream: Any, context: Context) -> Any:
+    masked = {"masked": False} if context.task == "masked-lm" else {}
+    made, limit = _PREPARE[context.task](stream, context, **masked), context.options.max_train_samples
+    return made if limit is None else made.take(limit)
 
 
 def _enough_text(rows: Dataset, limit: int | None, context: Context) -> Dataset:

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
 from hf_kd.data.builtin import BUILTIN
+from hf_kd.data.streamed import streamed
 from hf_kd.loading import check_path
 from hf_kd.options import RunOptions, nearest
 
@@ -45,6 +46,7 @@ def load_raw(options: RunOptions) -> DatasetDict:
     folder of images with a folder per class, or one that `save_to_disk` wrote.
 
     Without an evaluation split a tenth of train, at most 5,000 rows, is held out: the same ones in every run.
+    With `streaming`, see `streamed`.
 
     Returns:
         Splits `train` and `eval`, and `test` where one was asked for.
@@ -54,7 +56,8 @@ def load_raw(options: RunOptions) -> DatasetDict:
             tried and what there is.
     """
     splits = _load(options)
-    chosen = DatasetDict(train=_split(splits, options.train_split, "train_split", options))
+    chosen: Any = DatasetDict() if not options.streaming else {}
+    chosen["train"] = _split(splits, options.train_split, "train_split", options)
     eval_name = options.eval_split or next((n for n in _EVAL_NAMES if n in splits), None)
     if eval_name is not None:
         chosen["eval"] = _split(splits, eval_name, "eval_split", options)
@@ -62,6 +65,8 @@ def load_raw(options: RunOptions) -> DatasetDict:
         chosen["test"] = _split(splits, options.test_split, "test_split", options)
     elif options.test_file is not None:
         chosen["test"] = _split(splits, "test", "test_file", options)
+    if options.streaming:
+        return streamed(chosen, options)
     for name, rows in chosen.items():
         if len(rows) == 0:
             raise ValueError(f"dataset={options.dataset!r} has no rows in its {name} split")
@@ -135,7 +140,7 @@ def _load_folder(path: Path, options: RunOptions) -> dict[str, Dataset]:
     if found:
         return _load_files(found, options)
     try:
-        return _by_split(load_dataset(str(path), options.dataset_config))
+        return _by_split(load_dataset(str(path), options.dataset_config, streaming=options.streaming))
     except Exception as error:  # whatever a reader of datasets raises on a folder that is not for it
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise ValueError(
@@ -159,11 +164,12 @@ def _load_files(files: dict[str, list[Path]], options: RunOptions) -> dict[str, 
     if ending == ".txt":
         settings = {"keep_linebreaks": True}
     names = {split: [str(p) for p in paths] for split, paths in files.items()}
+    streaming: dict[str, Any] = {"streaming": True} if options.streaming else {}
     for path in (p for paths in files.values() for p in paths if p.suffix.lower() in (".json", ".jsonl")):
         _refuse_null_rows(path)
     try:
         if len(endings) == 1:
-            return _by_split(load_dataset(_READERS[ending], data_files=names, **settings))
+            return _by_split(load_dataset(_READERS[ending], data_files=names, **settings, **streaming))
         return {s: _load_files({s: paths}, options)[s] for s, paths in files.items()}
     except Exception as error:  # the readers raise errors of pandas, pyarrow, json ...
         cause = error.__cause__ or error
@@ -228,7 +234,9 @@ def _names_without_header(path: Path, tabs: bool) -> list[str] | None:
 def _load_hub(name: str, options: RunOptions) -> dict[str, Dataset]:
     repository, _, revision = name.partition("@")
     try:
-        loaded = load_dataset(repository, options.dataset_config, revision=revision or None)
+        loaded = load_dataset(
+            repository, options.dataset_config, revision=revision or None, streaming=options.streaming
+        )
     except Exception as error:  # the network, a refusal, a missing configuration ...
         raise ValueError(
             f"dataset={name!r} is no file or folder here, and the Hub did not give it "
@@ -239,7 +247,8 @@ def _load_hub(name: str, options: RunOptions) -> dict[str, Dataset]:
 
 
 def _by_split(loaded: Any) -> dict[str, Dataset]:
-    return {"train": loaded} if isinstance(loaded, Dataset) else {str(k): v for k, v in loaded.items()}
+    single = isinstance(loaded, Dataset | IterableDataset)
+    return {"train": loaded} if single else {str(k): v for k, v in loaded.items()}
 
 
 def _split(splits: dict[str, Dataset], name: str, option: str, options: RunOptions) -> Dataset:

@@ -17,6 +17,7 @@ _POSITIVE = (
     "max_train_samples",
     "max_eval_samples",
     "watts",
+    "stream_buffer",
 )
 _PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -60,6 +61,8 @@ class RunOptions(StudentOptions):
     label_column: str | None = option(None, "column of the labels (default: by task)")
     unlabelled: bool = option(False, "the data has no labels, or ignore them; needs --alpha 1")
     max_length: int | None = option(None, "tokens an example is cut to, or the block length of an LM")
+    streaming: bool = option(False, "read the training rows when they are needed; needs --max_steps")
+    stream_buffer: int = option(1000, "rows among which a stream is shuffled; 1: it keeps its order")
     mlm_probability: float = option(0.15, "share of tokens that are masked in masked LM")
     max_train_samples: int | None = option(None, "use only this many training rows")
     max_eval_samples: int | None = option(None, "use only this many evaluation and test rows")
@@ -107,6 +110,11 @@ class RunOptions(StudentOptions):
                 found.append(f"{name}={value} is not positive: set it above 0 or leave it out")
         if not 0.0 < self.mlm_probability < 1.0:
             found.append(f"mlm_probability={self.mlm_probability} is outside (0, 1): set e.g. 0.15")
+        if self.streaming and self.teacher_epochs is not None:
+            found.append(
+                f"streaming=True and teacher_epochs={self.teacher_epochs}: a stream has no epochs, and the "
+                "teacher takes max_steps: leave teacher_epochs out"
+            )
         if self.problem_type not in (None, *_PROBLEM_TYPES):
             known = ", ".join(_PROBLEM_TYPES)
             found.append(f"problem_type={self.problem_type!r} is not known: use one of {known}")
