@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -355,5 +356,5 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
 
     few = peak_of_reading(1_000)
     many = peak_of_reading(20_000)
-    print(f"\npeak of 4 MB: {few:.1f} MiB, of 80 MB: {many:.1f} MiB")
+    sys.stdout.write(f"\npeak of 4 MB: {few:.1f} MiB, of 80 MB: {many:.1f} MiB\n")
     assert many - few < 35

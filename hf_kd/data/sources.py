@@ -140,7 +140,7 @@ def _load_folder(path: Path, options: RunOptions) -> dict[str, Dataset]:
     if found:
         return _load_files(found, options)
     try:
-        return _by_split(load_dataset(str(path), options.dataset_config, streaming=options.streaming))
+        return _by_split(load_dataset(str(path), options.dataset_config, **_lazily(options)))
     except Exception as error:  # whatever a reader of datasets raises on a folder that is not for it
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise ValueError(
@@ -164,12 +164,11 @@ def _load_files(files: dict[str, list[Path]], options: RunOptions) -> dict[str, 
     if ending == ".txt":
         settings = {"keep_linebreaks": True}
     names = {split: [str(p) for p in paths] for split, paths in files.items()}
-    streaming: dict[str, Any] = {"streaming": True} if options.streaming else {}
     for path in (p for paths in files.values() for p in paths if p.suffix.lower() in (".json", ".jsonl")):
         _refuse_null_rows(path)
     try:
         if len(endings) == 1:
-            return _by_split(load_dataset(_READERS[ending], data_files=names, **settings, **streaming))
+            return _by_split(load_dataset(_READERS[ending], data_files=names, **settings, **_lazily(options)))
         return {s: _load_files({s: paths}, options)[s] for s, paths in files.items()}
     except Exception as error:  # the readers raise errors of pandas, pyarrow, json ...
         cause = error.__cause__ or error
@@ -235,7 +234,7 @@ def _load_hub(name: str, options: RunOptions) -> dict[str, Dataset]:
     repository, _, revision = name.partition("@")
     try:
         loaded = load_dataset(
-            repository, options.dataset_config, revision=revision or None, streaming=options.streaming
+            repository, options.dataset_config, revision=revision or None, **_lazily(options)
         )
     except Exception as error:  # the network, a refusal, a missing configuration ...
         raise ValueError(
@@ -244,6 +243,10 @@ def _load_hub(name: str, options: RunOptions) -> dict[str, Dataset]:
             f"dataset_config={options.dataset_config!r} and the network, or set dataset to a folder with it"
         ) from error
     return _by_split(loaded)
+
+
+def _lazily(options: RunOptions) -> dict[str, Any]:
+    return {"streaming": True} if options.streaming else {}
 
 
 def _by_split(loaded: Any) -> dict[str, Dataset]:
