@@ -6,17 +6,12 @@ Writes `benchmarks/results/quality_*.png` and renews the tables in `docs/quality
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from arms import DEFAULT, RESULTS, spread
-from matplotlib.ticker import MaxNLocator
+from arms import DEFAULT, spread
+from plots import arms_of, load, plot_arms, plot_depth, plot_shapes, runs, runs_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "quality.md"
 # Column: key, factor, digits.
@@ -26,23 +21,6 @@ COLUMNS = {
     "agreement, %": ("agreement", 100, 1),
     "ECE, %": ("ece", 100, 1),
 }
-INK, FAINT, STRONG = "#222222", "#9aa5b1", "#1f5fa8"
-
-
-def load(name: str) -> dict[str, Any] | None:
-    """A file of results, or None."""
-    path = RESULTS / f"quality_{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def runs_of(data: dict[str, Any], **key: Any) -> list[dict[str, float]]:
-    """Scores on test rows."""
-    return [r["test"] for r in data["runs"] if all(r.get(k) == v for k, v in key.items())]
-
-
-def arms_of(data: dict[str, Any], **key: Any) -> list[str]:
-    """Names of arms, in the order of their runs."""
-    return list(dict.fromkeys(r["arm"] for r in data["runs"] if all(r.get(k) == v for k, v in key.items())))
 
 
 def cell(runs: list[dict[str, float]], key: str, factor: float, digits: int) -> str:
@@ -111,6 +89,9 @@ GAPS: dict[str, tuple[str, dict[str, Any], str]] = {
     "SST-2, 300 labels, 1 layer": ("sst2", {"case": "300 labels", "depth": 1}, "accuracy"),
     "SST-2, 300 labels, 2 layers": ("sst2", {"case": "300 labels", "depth": 2}, "accuracy"),
     "tinyshakespeare, 96 x 2": ("shakespeare", {"shape": "96 x 2"}, "perplexity"),
+    "tinyshakespeare, 128 x 1": ("shakespeare", {"shape": "128 x 1"}, "perplexity"),
+    "tinyshakespeare, 64 x 5": ("shakespeare", {"shape": "64 x 5"}, "perplexity"),
+    "tinyshakespeare, 96 x 2, cut": ("shakespeare", {"shape": "96 x 2, cut"}, "perplexity"),
 }
 
 
@@ -141,97 +122,39 @@ def gaps() -> list[str]:
     return lines
 
 
-def dots(axis: Any, data: dict[str, Any], key: str, factor: float, **where: Any) -> None:
-    """One row an arm: every seed, and the mean."""
-    arms = arms_of(data, **where)
-    best = data.get("best", {}).get("name")
-    for y, arm in enumerate(reversed(arms)):
-        values = [factor * run[key] for run in runs_of(data, arm=arm, **where)]
-        colour = STRONG if arm == best else (FAINT if arm == "control" else INK)
-        axis.plot(values, [y] * len(values), "o", color=colour, alpha=0.35, markersize=4)
-        axis.plot([sum(values) / len(values)], [y], "|", color=colour, markersize=14, markeredgewidth=2.5)
-    axis.set_yticks(range(len(arms)), list(reversed(arms)), fontsize=8)
-    axis.set_ylim(-0.6, len(arms) - 0.4)
-    axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.grid(axis="x", color="#e5e8ec", linewidth=0.8)
-    for side in ("top", "right", "left"):
-        axis.spines[side].set_visible(False)
-    axis.tick_params(axis="y", length=0)
-    axis.tick_params(axis="x", labelsize=8)
+#: Mixes that could replace the default.
+MIXES = ("forward_kl, T=1", "forward_kl, T=2", "forward_kl, T=4", "logit_mse")
 
 
-def plot_arms(name: str, title: str, columns: list[tuple[str, str, float]], **where: Any) -> None:
-    """Some measures side by side."""
-    data = load(name)
-    if data is None or not arms_of(data, **where):
-        return
-    rows = len(arms_of(data, **where))
-    figure, axes = plt.subplots(
-        1, len(columns), figsize=(9, 1.3 + 0.28 * rows), sharey=True, layout="constrained"
-    )
-    for axis, (label, key, factor) in zip(axes, columns, strict=True):
-        dots(axis, data, key, factor, **where)
-        axis.set_xlabel(label, fontsize=9)
-        if key in data["teacher"]["test"] and key in ("accuracy", "perplexity"):
-            axis.axvline(factor * data["teacher"]["test"][key], color=STRONG, linewidth=1, linestyle=":")
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    suffix = "_".join(str(v).replace(" ", "_") for v in where.values())
-    figure.savefig(RESULTS / f"quality_{name}{'_' if suffix else ''}{suffix}.png", dpi=130)
-    plt.close(figure)
+def against(
+    data: dict[str, Any], arm: str, key: str, factor: float, digits: int, where: dict[str, Any]
+) -> str:
+    """What an arm adds to the hand-written loss on the same seeds: mean and spread of the differences."""
+    values = {
+        name: {r["seed"]: r["test"][key] for r in runs(data, arm=name, **where)} for name in (arm, "by hand")
+    }
+    seeds = sorted(set(values[arm]) & set(values["by hand"]))
+    if not seeds:
+        return ""
+    mean, deviation = spread([factor * (values[arm][s] - values["by hand"][s]) for s in seeds])
+    return f"{mean:+.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(seeds) > 1 else " (1 seed)")
 
 
-def plot_depth(data: dict[str, Any]) -> None:
-    """Accuracy and KL over latency, once there is more than one depth."""
-    depths = [depth for depth in (1, 2, 3) if runs_of(data, case="labelled", depth=depth)]
-    if "latency_ms" not in data or len(depths) < 2:
-        return
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    arms = {"control": FAINT, DEFAULT.name: INK, data.get("best", {}).get("name", ""): STRONG}
-    for axis, (label, key, factor) in zip(
-        axes, [("accuracy, %", "accuracy", 100), ("KL, nats", "kl", 1)], strict=True
-    ):
-        for arm, colour in arms.items():
-            points = []
-            for depth in depths:
-                runs = runs_of(data, case="labelled", depth=depth, arm=arm)
-                if runs:
-                    points.append(
-                        (data["latency_ms"][f"{depth} layers"], spread([factor * r[key] for r in runs]))
-                    )
-            if points:
-                axis.errorbar(
-                    [x for x, _ in points],
-                    [mean for _, (mean, _) in points],
-                    [deviation for _, (_, deviation) in points],
-                    fmt="o-",
-                    color=colour,
-                    label=arm,
-                    capsize=3,
-                    linewidth=1.2,
-                    markersize=4,
-                )
-        axis.plot(
-            [data["latency_ms"]["teacher"]],
-            [factor * data["teacher"]["test"][key]],
-            "s",
-            color=STRONG,
-            label="teacher",
-        )
-        axis.set_xlabel("latency of 8 sentences, ms", fontsize=9)
-        axis.set_ylabel(label, fontsize=9)
-        axis.grid(color="#e5e8ec", linewidth=0.8)
-        axis.tick_params(labelsize=8)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-    axes[0].legend(fontsize=8, frameon=False)
-    figure.suptitle(
-        f"SST-2: students of {', '.join(map(str, depths))} layers, and their teacher of 6",
-        fontsize=10,
-        x=0.01,
-        ha="left",
-    )
-    figure.savefig(RESULTS / "quality_sst2_depth.png", dpi=130)
-    plt.close(figure)
+def mixes() -> list[str]:
+    """Each mix against the hand-written loss, in the score and in KL."""
+    lines = ["| against by hand | " + " | ".join(f"{arm}: score | KL" for arm in MIXES) + " |"]
+    lines.append("|---|" + "--:|--:|" * len(MIXES))
+    for task, (name, where, key) in GAPS.items():
+        data = load(name)
+        if data is None or not runs(data, arm="by hand", **where):
+            continue
+        factor = 100 if key == "accuracy" else 1
+        cells = []
+        for arm in MIXES:
+            cells += [against(data, arm, key, factor, 1, where), against(data, arm, "kl", 1, 3, where)]
+        unit = ", points" if key == "accuracy" else ""
+        lines.append(f"| {task} ({key}{unit}) | " + " | ".join(cells) + " |")
+    return lines
 
 
 def main() -> None:
@@ -258,9 +181,10 @@ def main() -> None:
         case="300 labels",
     )
     perplexity = [("perplexity", "perplexity", 1), ("KL to the teacher, nats", "kl", 1)]
-    title = "tinyshakespeare, a student of 96 x 2: every dot a seed, dotted the teacher"
+    title = "tinyshakespeare, a student of width 96 and 2 layers: every dot a seed, dotted the teacher"
     plot_arms("shakespeare", title, perplexity, shape="96 x 2")
-    tables: dict[str, list[str]] = {"gaps": gaps()}
+    plot_shapes()
+    tables: dict[str, list[str]] = {"gaps": gaps(), "mixes": mixes()}
     for name, lines in (
         ("digits", lambda data: table(data, COLUMNS)),
         ("mnist", lambda data: table(data, COLUMNS)),
