@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from typing import Any
 
 import matplotlib
@@ -10,9 +11,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from arms import DEFAULT, RESULTS, spread
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 INK, FAINT, STRONG = "#222222", "#9aa5b1", "#1f5fa8"
+_FAR = 4
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -47,7 +49,14 @@ def dots(axis: Any, data: dict[str, Any], key: str, factor: float, **where: Any)
         axis.plot([sum(values) / len(values)], [y], "|", color=colour, markersize=14, markeredgewidth=2.5)
     axis.set_yticks(range(len(arms)), list(reversed(arms)), fontsize=8)
     axis.set_ylim(-0.6, len(arms) - 0.4)
-    axis.xaxis.set_major_locator(MaxNLocator(5))
+    means = [statistics.fmean(run[key] for run in runs_of(data, arm=arm, **where)) for arm in arms]
+    if key in ("kl", "ece") and max(means) > _FAR * statistics.median(means):
+        axis.set_xscale("log")  # one arm that is far off would press all others together
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.grid(axis="x", color="#e5e8ec", linewidth=0.8)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)

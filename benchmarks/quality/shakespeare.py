@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +113,17 @@ def main() -> None:
 
         record.run({"shape": shape, "arm": recipe.name, "seed": seed}, make)
 
-    def each(recipes: Iterable[Recipe], shape: str) -> None:
-        for seed, recipe in itertools.product(SEEDS, recipes):
-            arm(recipe, seed, shape)
-
     for recipe in (CONTROL, DEFAULT, BY_HAND, *TRIED):
         arm(recipe, 0, "96 x 2")
     best = best_on_dev(record, TRIED, shape="96 x 2", seed=0)
     record.note(best=described(best))
-    each((CONTROL, DEFAULT, BY_HAND, best, CANDIDATES[0], CANDIDATES[1]), "96 x 2")
-    for shape in ("128 x 1", "64 x 5", "96 x 2, cut"):
-        each((CONTROL, best), shape)
+    for seed, recipe in itertools.product(
+        SEEDS, (CONTROL, DEFAULT, BY_HAND, best, CANDIDATES[0], CANDIDATES[1])
+    ):
+        arm(recipe, seed, "96 x 2")
+    others = ("96 x 2, cut", "128 x 1", "64 x 5")
+    for seed, shape, recipe in itertools.product(SEEDS, others, (CONTROL, best)):
+        arm(recipe, seed, shape)
     models = {"teacher": teacher, **{shape: student(shape, 0) for shape in SHAPES}}
     times = latency(models, {"input_ids": blocks["test"][:8]})
     record.note(

@@ -52,7 +52,8 @@ from hf_kd.fresh import fresh_student
 from hf_kd.measure import count_parameters, latency
 
 DEPTHS, SEEDS = (1, 2, 3), (0, 1, 2)
-TRIED = CANDIDATES[1:4]  # losses on layers would run the teacher, which takes longer than the student
+SHARP = CANDIDATES[0]
+TRIED = CANDIDATES[:4]  # losses on layers would run the teacher, which takes longer than the student
 #: By depth: at the two-layer students' rate, one layer is still at chance after 75 steps.
 RATES = {1: 1e-3, 2: 2e-4, 3: 2e-4}
 FEW, TAUGHT = 300, 2400  # labelled rows, and the rows that a student without labels may learn from
@@ -157,7 +158,8 @@ def all_arms(arm: Callable[..., None], record: Record, data: Data, args: argpars
         for recipe in (CONTROL, DEFAULT, *TRIED):
             arm(recipe, 2, 0, some, "labelled")
         record.note(best=described(best_on_dev(record, TRIED, case="labelled", depth=2, seed=0)))
-        each((CONTROL, DEFAULT, best(), BY_HAND, TEXTBREWER), 2, some, "labelled")
+        each((CONTROL, DEFAULT, BY_HAND, SHARP, best()), 2, some, "labelled")
+        each((TEXTBREWER,), 2, some, "labelled")
 
     def best() -> Recipe:
         return best_on_dev(record, TRIED, case="labelled", depth=2, seed=0)
@@ -166,12 +168,13 @@ def all_arms(arm: Callable[..., None], record: Record, data: Data, args: argpars
         each((CONTROL,), 2, few, "300 labels")
         each((DEFAULT, best()), 2, more, "300 labels")
         each((BY_HAND,), 2, few, "300 labels")
+        each((SHARP,), 2, more, "300 labels")
 
     parts: dict[str, Callable[[], None]] = {
         "2": two_layers,
         "few": few_labels,
-        "1": lambda: each((CONTROL, DEFAULT, BY_HAND, best(), TEXTBREWER), 1, some, "labelled"),
-        "3": lambda: each((CONTROL, DEFAULT, BY_HAND, best()), 3, some, "labelled"),
+        "1": lambda: each((CONTROL, DEFAULT, BY_HAND, SHARP, best()), 1, some, "labelled"),
+        "3": lambda: each((CONTROL, DEFAULT, BY_HAND, SHARP, best()), 3, some, "labelled"),
         "random": lambda: each((BY_HAND,), 2, some, "random start"),
     }
     for name, part in parts.items():
