@@ -94,7 +94,9 @@ def step_of(name: str, variant: str, folder: str) -> tuple[Callable[[], Any], An
     student, teacher = build(narrow, 4), build(wide, 8)
     trainer = DistillationTrainer(
         student,
-        DistillationArguments(output_dir=folder, use_cpu=True, disable_tqdm=True, **VARIANTS[variant]),
+        DistillationArguments(
+            output_dir=folder, temperature=2.0, use_cpu=True, disable_tqdm=True, **VARIANTS[variant]
+        ),
         teacher=teacher,
     )
     student.train()

@@ -98,7 +98,7 @@ def make_trainer(kind: str, name: str, options: dict[str, Any], callback: Traine
     rows = rows_of(head, ROWS, seed=SEED)
     shared: dict[str, Any] = {"data_collator": Collator(head), "callbacks": [callback]}
     if kind == "hf_kd":
-        arguments = DistillationArguments(**options, alpha=head.alpha)
+        arguments = DistillationArguments(**options, alpha=head.alpha, temperature=2.0)
         return DistillationTrainer(
             student, arguments, teacher=teacher, task=head.task, train_dataset=rows, **shared
         )

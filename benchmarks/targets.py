@@ -53,6 +53,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "`kd_weighting=entropy`": {"kd_weighting": "entropy"},
 }
 PLAIN = "plain (T = 2)"
+_PLAIN = {"alpha": 0.5, "temperature": 2.0}
 CASES = ("all labels", "few labels", "wrong labels", "weak teacher")
 FEW, WRONG = 0.05, 0.4
 
@@ -195,7 +196,7 @@ def taught(study: Study, answers: Tensor, rows: Any, dev: Any, seed: int, option
     student = Student(study.parts["train"].plain.shape[1], study.width, answers.shape[1])
     trainer = DistillationTrainer(
         student,
-        DistillationArguments(**study.budget.arguments(seed, **options)),
+        DistillationArguments(**study.budget.arguments(seed, **{**_PLAIN, **options})),
         teacher=Answers(answers),
         task="sequence-classification",
         train_dataset=rows,

@@ -148,7 +148,11 @@ def _measured() -> Iterator[str]:
             runs = [run["test"] for run in data["runs"] if run["arm"] == arm]
             cells = [_cell(runs, "accuracy", 100, 1), _cell(runs, "kl", 1, 3)]
             cells += [_cell(runs, "agreement", 100, 1), _cell(runs, "ece", 100, 1)]
-            label = {"control": "none (control)", "default": "forward_kl, alpha=0.5, T=2 (the default)"}
+            label = {
+                "control": "none (control)",
+                "default": "forward_kl, alpha=0.9, T=1 (the default)",
+                "alpha=0.5, T=2": "forward_kl, alpha=0.5, T=2",
+            }
             rows.append(f"| {label.get(arm, arm)} | {len(runs)} | " + " | ".join(cells) + " |")
         yield "\n".join(rows)
         right, rows_tested = teacher["accuracy"], data["settings"]["test_rows"]

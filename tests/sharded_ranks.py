@@ -60,6 +60,7 @@ def trainer_for(folder: Path, name: str, callback: Any, **options: Any) -> Disti
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
         "alpha": head.alpha,
+        "temperature": 2.0,
     }
     args = DistillationArguments(**{**defaults, **options})
     assert args.device.type == "cpu"

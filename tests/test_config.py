@@ -107,7 +107,7 @@ def test_one_value_is_a_list_of_one(write):
         ("control: maybe\n", "control: Truthy value expected"),
         ("alpha: [0.5]\n", "alpha: takes one value, not a list"),
         ("alpha: {a: 1}\n", "alpha: takes no mapping"),
-        ("alpha: null\n", "alpha: takes no null; leave it out for the default, 0.5"),
+        ("alpha: null\n", "alpha: takes no null; leave it out for the default, 0.9"),
         ("metrics: [[a]]\n", "metrics: takes a flat list"),
         ("lr_scheduler_type: lineer\n", "lr_scheduler_type: 'lineer' is not known: use one of linear"),
         ("alpha: 0.5\nalpha: 0.6\n", "line 5: 'alpha' is set twice"),

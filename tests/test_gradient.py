@@ -57,6 +57,7 @@ def step(
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "alpha": head.alpha,
+        "temperature": 2.0,
     }
     gradients = Gradients()
     trainer = DistillationTrainer(

@@ -53,7 +53,7 @@ def train(folder: Path, collator: Any, rows: list[Any], pair: Any = None, **opti
     settings = {
         "output_dir": str(folder), "per_device_train_batch_size": len(rows), "max_steps": 1,
         "max_grad_norm": 0.0, "learning_rate": 0.0, "logging_steps": 1, "save_strategy": "no",
-        "use_cpu": True, "disable_tqdm": True,
+        "use_cpu": True, "disable_tqdm": True, "temperature": 2.0,
     }  # fmt: skip
     args = DistillationArguments(**{**settings, **options})
     found = Gradients()

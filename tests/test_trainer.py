@@ -31,6 +31,8 @@ def arguments(folder: Path, **options: Any) -> DistillationArguments:
     """Quiet arguments for a short run on the CPU."""
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
+        "alpha": 0.5,
+        "temperature": 2.0,
         "per_device_train_batch_size": 4,
         "num_train_epochs": 1,
         "learning_rate": 1e-2,

@@ -40,8 +40,8 @@ def run(folder: Path, fused: str, tie: bool) -> dict[str, object]:
     options = DistillationArguments(
         output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1,
         learning_rate=0.0, max_grad_norm=0.0, logging_steps=1, save_strategy="no", disable_tqdm=True,
-        remove_unused_columns=False, alpha=head.alpha, per_device_eval_batch_size=2, fused=fused,
-        ddp_backend="gloo",
+        remove_unused_columns=False, alpha=head.alpha, temperature=2.0, per_device_eval_batch_size=2,
+        fused=fused, ddp_backend="gloo",
     )  # fmt: skip
     trainer = DistillationTrainer(
         student, options, teacher=teacher, task=head.task, train_dataset=rows_of(head, 8),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from arms import DEFAULT, spread
-from plots import arms_of, load, plot_arms, plot_depth, plot_shapes, runs, runs_of
+from plots import arms_of, chosen, load, plot_arms, plot_depth, plot_shapes, runs, runs_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "quality.md"
 # Column: key, factor, digits.
@@ -31,7 +31,7 @@ def cell(runs: list[dict[str, float]], key: str, factor: float, digits: int) -> 
 
 def table(data: dict[str, Any], columns: dict[str, tuple[str, float, int]], **key: Any) -> list[str]:
     """A row an arm."""
-    best = data.get("best", {}).get("name")
+    best = chosen(data, **key)
     lines = ["| arm | seeds | " + " | ".join(columns) + " |", "|---|--:|" + "--:|" * len(columns)]
     for arm in arms_of(data, **key):
         runs = runs_of(data, arm=arm, **key)
@@ -96,11 +96,14 @@ GAPS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def gap_closed(data: dict[str, Any], arm: str, key: str, where: dict[str, Any]) -> str:
-    """Share of the control's distance to the teacher that an arm takes away, in percent."""
-    values = {name: [run[key] for run in runs_of(data, arm=name, **where)] for name in (arm, "control")}
-    if not values[arm]:
+    """Share of the control's distance to the teacher that an arm takes away on the same seeds, in percent."""
+    values = {
+        name: {r["seed"]: r["test"][key] for r in runs(data, arm=name, **where)} for name in (arm, "control")
+    }
+    seeds = sorted(set(values[arm]) & set(values["control"]))
+    if not seeds:
         return ""
-    mean, control = spread(values[arm])[0], spread(values["control"])[0]
+    mean, control = (spread([values[name][s] for s in seeds])[0] for name in (arm, "control"))
     return f"{100 * (mean - control) / (data['teacher']['test'][key] - control):.0f}"
 
 
@@ -113,7 +116,7 @@ def gaps() -> list[str]:
         data = load(name)
         if data is None or not runs_of(data, arm="control", **where):
             continue
-        best = data.get("best", {}).get("name", "")
+        best = chosen(data, **where)
         cells = []
         for arm in arms:
             taught = best if arm == "chosen on dev" else arm
@@ -123,7 +126,7 @@ def gaps() -> list[str]:
 
 
 #: Mixes that could replace the default.
-MIXES = ("forward_kl, T=1", "forward_kl, T=2", "forward_kl, T=4", "logit_mse")
+MIXES = (DEFAULT.name, "forward_kl, T=2", "forward_kl, T=4", "logit_mse")
 
 
 def against(

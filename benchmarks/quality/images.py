@@ -25,8 +25,8 @@ from arms import (
     BY_HAND,
     CANDIDATES,
     CONTROL,
-    DEFAULT,
     RESULTS,
+    SAME,
     TEXTBREWER,
     Budget,
     Recipe,
@@ -55,14 +55,14 @@ from hf_kd.measure import count_parameters, latency
 
 # Beside the candidates for a default, what the papers take, on the same budget.
 LOSSES = [
-    Recipe("reverse_kl", options={"alpha": 0.9, "divergence": "reverse_kl"}),
+    Recipe("reverse_kl", options={"alpha": 0.9, "divergence": "reverse_kl", "temperature": 2.0}),
     Recipe("logit_mse", options={"alpha": 0.9, "divergence": "logit_mse", "temperature": 1.0}),
     Recipe("dkd", options={"alpha": 0.9, "divergence": "dkd", "temperature": 4.0}),
     Recipe("nkd", options={"alpha": 0.5, "divergence": "nkd", "temperature": 1.0}),
     Recipe("dist", options={"alpha": 0.9, "divergence": "dist", "temperature": 4.0}),
     Recipe("standardised_kl", options={"alpha": 0.9, "divergence": "standardised_kl", "temperature": 2.0}),
-    Recipe("adaptive_kl", options={"alpha": 0.9, "divergence": "adaptive_kl"}),
-    Recipe("hard_labels", options={"alpha": 0.5, "divergence": "hard_labels"}),
+    Recipe("adaptive_kl", options={"alpha": 0.9, "divergence": "adaptive_kl", "temperature": 2.0}),
+    Recipe("hard_labels", options={"alpha": 0.5, "divergence": "hard_labels", "temperature": 2.0}),
 ]
 SEEDS = (0, 1, 2)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -142,9 +142,9 @@ def main() -> None:
         record.run({"arm": recipe.name, "seed": seed}, make)
 
     for seed in SEEDS:
-        for recipe in (CONTROL, DEFAULT, BY_HAND, *CANDIDATES[:4], TEXTBREWER, *CANDIDATES[4:]):
+        for recipe in (CONTROL, SAME, BY_HAND, *CANDIDATES[:4], TEXTBREWER, *CANDIDATES[4:]):
             arm(recipe, seed)
-        for recipe in (CONTROL, DEFAULT):
+        for recipe in (CONTROL, SAME):
             arm(replace(recipe, name=f"{recipe.name}, cut from the teacher"), seed, lambda _: cut())
     for seed, recipe in itertools.product(SEEDS, LOSSES if small else ()):
         arm(recipe, seed)

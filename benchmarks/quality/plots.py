@@ -10,7 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from arms import DEFAULT, RESULTS, spread
+from arms import CANDIDATES, DEFAULT, RESULTS, spread
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 INK, FAINT, STRONG = "#222222", "#9aa5b1", "#1f5fa8"
@@ -38,10 +38,21 @@ def arms_of(data: dict[str, Any], **key: Any) -> list[str]:
     return list(dict.fromkeys(r["arm"] for r in data["runs"] if all(r.get(k) == v for k, v in key.items())))
 
 
+def chosen(data: dict[str, Any], **where: Any) -> str:
+    """The candidate with the lowest log loss on development rows, over the seeds that all of them have."""
+    names = {recipe.name for recipe in CANDIDATES} | {data.get("best", {}).get("name", "")}
+    there = {arm: {r["seed"]: r["dev"] for r in runs(data, arm=arm, **where)} for arm in names}
+    there = {arm: found for arm, found in there.items() if found}
+    seeds = set.intersection(*map(set, there.values())) if there else set()
+    if not seeds:
+        return ""
+    return min(there, key=lambda arm: statistics.fmean(there[arm][seed]["log_loss"] for seed in seeds))
+
+
 def dots(axis: Any, data: dict[str, Any], key: str, factor: float, **where: Any) -> None:
     """One row an arm: every seed, and the mean."""
     arms = arms_of(data, **where)
-    best = data.get("best", {}).get("name")
+    best = chosen(data, **where)
     for y, arm in enumerate(reversed(arms)):
         values = [factor * run[key] for run in runs_of(data, arm=arm, **where)]
         colour = STRONG if arm == best else (FAINT if arm == "control" else INK)

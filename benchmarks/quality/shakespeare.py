@@ -24,6 +24,7 @@ from arms import (
     CONTROL,
     DEFAULT,
     RESULTS,
+    SAME,
     Budget,
     ByHand,
     Recipe,
@@ -52,9 +53,7 @@ VOCABULARY, BLOCK = 1024, 64
 SEEDS = (0, 1, 2)
 #: Width and layers of students with 0.31 to 0.33 million parameters.
 SHAPES = {"96 x 2": (96, 2), "128 x 1": (128, 1), "64 x 5": (64, 5)}
-FEATURES = Recipe(
-    "forward_kl, T=1, hidden", options={"alpha": 0.9, "temperature": 1.0, "hidden_weight": 1.0}
-)
+FEATURES = Recipe("forward_kl, T=1, hidden", options={"alpha": 0.9, "temperature": 1.0, "hidden_weight": 1.0})
 TRIED = [*CANDIDATES[:-1], FEATURES]
 
 
@@ -113,13 +112,11 @@ def main() -> None:
 
         record.run({"shape": shape, "arm": recipe.name, "seed": seed}, make)
 
-    for recipe in (CONTROL, DEFAULT, BY_HAND, *TRIED):
+    for recipe in (CONTROL, SAME, BY_HAND, *TRIED):
         arm(recipe, 0, "96 x 2")
     best = best_on_dev(record, TRIED, shape="96 x 2", seed=0)
     record.note(best=described(best))
-    for seed, recipe in itertools.product(
-        SEEDS, (CONTROL, DEFAULT, BY_HAND, best, CANDIDATES[0], CANDIDATES[1])
-    ):
+    for seed, recipe in itertools.product(SEEDS, (CONTROL, SAME, BY_HAND, best, DEFAULT, CANDIDATES[1])):
         arm(recipe, seed, "96 x 2")
     others = ("96 x 2, cut", "128 x 1", "64 x 5")
     for seed, shape, recipe in itertools.product(SEEDS, others, (CONTROL, best)):

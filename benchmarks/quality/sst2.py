@@ -25,6 +25,7 @@ from arms import (
     CONTROL,
     DEFAULT,
     RESULTS,
+    SAME,
     TEXTBREWER,
     Budget,
     Recipe,
@@ -52,7 +53,6 @@ from hf_kd.fresh import fresh_student
 from hf_kd.measure import count_parameters, latency
 
 DEPTHS, SEEDS = (1, 2, 3), (0, 1, 2)
-SHARP = CANDIDATES[0]
 TRIED = CANDIDATES[:4]  # losses on layers would run the teacher, which takes longer than the student
 #: By depth: at the two-layer students' rate, one layer is still at chance after 75 steps.
 RATES = {1: 1e-3, 2: 2e-4, 3: 2e-4}
@@ -155,10 +155,10 @@ def all_arms(arm: Callable[..., None], record: Record, data: Data, args: argpars
             arm(recipe, depth, seed, rows, case)
 
     def two_layers() -> None:
-        for recipe in (CONTROL, DEFAULT, *TRIED):
+        for recipe in (CONTROL, SAME, *TRIED):
             arm(recipe, 2, 0, some, "labelled")
         record.note(best=described(best_on_dev(record, TRIED, case="labelled", depth=2, seed=0)))
-        each((CONTROL, DEFAULT, BY_HAND, SHARP, best()), 2, some, "labelled")
+        each((CONTROL, SAME, BY_HAND, DEFAULT, best()), 2, some, "labelled")
         each((TEXTBREWER,), 2, some, "labelled")
 
     def best() -> Recipe:
@@ -166,15 +166,15 @@ def all_arms(arm: Callable[..., None], record: Record, data: Data, args: argpars
 
     def few_labels() -> None:
         each((CONTROL,), 2, few, "300 labels")
-        each((DEFAULT, best()), 2, more, "300 labels")
+        each((SAME, best()), 2, more, "300 labels")
         each((BY_HAND,), 2, few, "300 labels")
-        each((SHARP,), 2, more, "300 labels")
+        each((DEFAULT,), 2, more, "300 labels")
 
     parts: dict[str, Callable[[], None]] = {
         "2": two_layers,
         "few": few_labels,
-        "1": lambda: each((CONTROL, DEFAULT, BY_HAND, SHARP, best()), 1, some, "labelled"),
-        "3": lambda: each((CONTROL, DEFAULT, BY_HAND, SHARP, best()), 3, some, "labelled"),
+        "1": lambda: each((CONTROL, SAME, BY_HAND, DEFAULT, best()), 1, some, "labelled"),
+        "3": lambda: each((CONTROL, SAME, BY_HAND, DEFAULT, best()), 3, some, "labelled"),
         "random": lambda: each((BY_HAND,), 2, some, "random start"),
     }
     for name, part in parts.items():

@@ -21,11 +21,11 @@ KD_WEIGHTING_NAMES = ("none", "confidence", "entropy")
 class LossOptions:
     """Two terms and their weights, the distributions that are compared, and how that is computed."""
 
-    alpha: float = option(0.5, "weight of distillation, 0 to 1; at 1 no labels are needed")
+    alpha: float = option(0.9, "weight of distillation, 0 to 1; at 1 no labels are needed")
     alpha_end: float | None = option(None, "value of alpha at the end of training")
     alpha_schedule: str = option("constant", "path from alpha to alpha_end: constant, linear, cosine")
     temperature: float | str = option(
-        2.0, "softens both distributions; the term is scaled by T^2; or auto: measured"
+        1.0, "softens both distributions; the term is scaled by T^2; or auto: measured"
     )
     temperature_end: float | None = option(None, "temperature at the end of training")
     temperature_schedule: str = option("constant", "path to temperature_end: constant, linear, cosine")
