@@ -185,7 +185,7 @@ def test_a_trainer_publishes_student_card_report_and_options_and_can_try_again(r
     assert {"config.json", "model.safetensors", "README.md", "report.html", "results.json"} <= files.keys()
     assert "distillation.yaml" in files and "training_args.bin" not in files and "teacher.json" not in files
     options = yaml.safe_load(files["distillation.yaml"]["content"])
-    assert options["temperature"] == 2.0 and str(folder.parent) not in str(options)
+    assert options["temperature"] == 1.0 and str(folder.parent) not in str(options)
     assert b"hf_kd_layers" not in files["config.json"]["content"]
     with pytest.raises(ValueError, match="blocking=False"):
         trainer.push_to_hub(blocking=False)
