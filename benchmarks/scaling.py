@@ -170,7 +170,7 @@ def group_process(cell: str, size: argparse.Namespace, port: int) -> None:
         "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
     )
     store.set(HELLO, json.dumps(desk.hello(1)))
-    Office(desk, store, host="127.0.0.1", idle=60.0, say=lambda line: None).run(1)
+    Office(desk, store, near="127.0.0.1", idle=60.0, say=lambda line: None).run(1)
 
 
 def make(size: argparse.Namespace, shape: list[int]) -> nn.Module:

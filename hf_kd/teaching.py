@@ -28,7 +28,7 @@ from hf_kd.teachers.cache.make import CacheSettings, describe, tokenizer_hash
 from hf_kd.teachers.cache.record import records
 from hf_kd.teachers.cache.store import Manifest
 from hf_kd.teachers.group import HELLO, JOINED, LEFT, PROTOCOL, Traffic
-from hf_kd.teachers.link import Link, LinkError, host_and_port
+from hf_kd.teachers.link import Link, LinkError, host_and_port, near_side
 from hf_kd.teachers.models import ModelTeacher, fingerprint
 from hf_kd.teachers.quantise import loading_options, quantise
 from hf_kd.teachers.signal import TeacherSignal
@@ -73,7 +73,9 @@ class Desk:
         config: Any = getattr(self.teacher.model, "config", None)
         nested = getattr(config, "get_text_config", None)
         labels = getattr(config, "id2label", None) or {}
-        head: Any = getattr(self.teacher.model, "get_output_embeddings", lambda: None)()
+        head: Any = None
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            head = self.teacher.model.get_output_embeddings()  # type: ignore[operator]
         size = getattr(nested(decoder=True) if nested is not None else config, "vocab_size", 0)
         columns = [name for name in self.teacher.columns if not name.startswith("teacher_")]
         return {
@@ -166,9 +168,12 @@ def load_desk(options: TeachOptions, device: torch.device) -> Desk:
 def _tokenizer(options: TeachOptions) -> Any:
     from transformers import AutoTokenizer
 
-    name, revision = options.processor or options.teacher, options.teacher_revision
+    name = options.processor or options.teacher
+    shared: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    if name == options.teacher:
+        shared["revision"] = options.teacher_revision
     try:
-        return tokenizer_of(AutoTokenizer.from_pretrained(name, revision=revision))
+        return tokenizer_of(AutoTokenizer.from_pretrained(name, **shared))
     except (OSError, ValueError, KeyError):
         if options.processor:
             raise
@@ -195,7 +200,8 @@ def teach(options: TeachOptions, *, say: Callable[[str], None]) -> int:
         store.set(HELLO, json.dumps(desk.hello(options.students)))
     where = "" if ranks == 1 else f" (process {rank + 1} of {ranks})"
     say(f"{options.teacher} answers at torch://{host}:{port}{where}")
-    office = Office(desk, store, host=host, rank=rank, ranks=ranks, idle=options.idle_timeout, say=say)
+    near = host if rank == 0 else near_side(host, port)
+    office = Office(desk, store, near=near, rank=rank, ranks=ranks, idle=options.idle_timeout, say=say)
     return office.run(options.students)
 
 
@@ -211,7 +217,7 @@ class Office:
     Args:
         desk: Who answers.
         store: Where students announce themselves, one number after the other.
-        host: A name of this machine.
+        near: A name of this machine, as students reach it.
         rank: Of this process among the teachers; it serves every `ranks`-th student.
         ranks: How many teachers there are.
         idle: Seconds without a question after which it ends.
@@ -223,14 +229,14 @@ class Office:
         desk: Desk,
         store: Any,
         *,
-        host: str,
+        near: str,
         rank: int = 0,
         ranks: int = 1,
         idle: float = 3600.0,
         say: Callable[[str], None],
     ) -> None:
         """Let nobody in yet."""
-        self.desk, self.store, self.host, self.idle, self._say = desk, store, host, idle, say
+        self.desk, self.store, self.near, self.idle, self._say = desk, store, near, idle, say
         self._next, self._ranks = rank, ranks
         self._lost = False
         self._heard = time.monotonic()
@@ -260,7 +266,7 @@ class Office:
 
     def _serve(self, number: int) -> None:
         try:
-            link = Link(dist.PrefixStore(f"link{number}", self.store), 0, near=self.host, timeout=self.idle)
+            link = Link(dist.PrefixStore(f"link{number}", self.store), 0, near=self.near, timeout=self.idle)
             self._links[threading.current_thread()] = link
             traffic = self._converse(link)
             self._say(f"student {number} has left: {traffic.describe()}")

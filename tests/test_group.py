@@ -65,7 +65,15 @@ def batch() -> dict[str, Tensor]:
 class Group:
     """A group in a thread of this process."""
 
-    def __init__(self, model: nn.Module, *, students: int | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        students: int | None = None,
+        teachers: int = 1,
+        idle: float = 20.0,
+        **settings: Any,
+    ) -> None:
         options = {"tokenizer": settings.pop("tokenizer", "")}
         self.task = resolve_task(None, model)
         desk = Desk(ModelTeacher(model, self.task.logits), CacheSettings(**settings), **options)
@@ -75,10 +83,16 @@ class Group:
         )
         self.store.set(HELLO, json.dumps(desk.hello(students)))
         self.said: list[str] = []
-        office = Office(desk, self.store, host="127.0.0.1", idle=20.0, say=self.said.append)
         self.status: list[int] = []
-        self.thread = threading.Thread(target=lambda: self.status.append(office.run(students or 1)))
-        self.thread.start()
+        shared: dict[str, Any] = {"near": "127.0.0.1", "idle": idle, "say": self.said.append}
+        offices = [Office(desk, self.store, rank=i, ranks=teachers, **shared) for i in range(teachers)]
+        self.threads = [
+            threading.Thread(target=lambda one=one: self.status.append(one.run(students or 1)))
+            for one in offices
+        ]
+        for thread in self.threads:
+            thread.start()
+        self.thread = self.threads[0]
 
     def join(self, **options: Any) -> GroupTeacher:
         given = {"task": self.task, "timeout": 20.0, "patience": 20.0, **options}
@@ -133,6 +147,63 @@ def test_few_classes_are_told_as_logits(tmp_path: Path) -> None:
     assert teacher.config.id2label == model.config.id2label
     teacher.close()
     group.thread.join(20)
+
+
+@pytest.mark.parametrize("fidelity", ["logits", "hidden"])
+def test_half_precision_arrives_as_it_was(fidelity: str) -> None:
+    model, given = tiny().bfloat16(), batch()
+    group = Group(model, fidelity=fidelity)
+    teacher = group.join()
+    answer = teacher(given)
+    teacher.close()
+    group.thread.join(20)
+    with torch.no_grad():
+        out = model(**given, output_hidden_states=True)
+    said = answer.dense()["logits"] if answer.hidden is None else answer.hidden.hidden
+    own = out.logits if answer.hidden is None else out.hidden_states[-1]
+    here = given["attention_mask"].bool()
+    assert said.dtype == torch.bfloat16
+    assert torch.equal(said[here], own[here])
+
+
+def test_packed_texts_are_answered_as_the_model_does() -> None:
+    """Two texts in a row without a mask: positions that start anew go along."""
+    ids = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(1))
+    given = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}
+    model = tiny()
+    group = Group(model, fidelity="hidden")
+    teacher = group.join()
+    answer = teacher(given)
+    teacher.close()
+    group.thread.join(20)
+    here, alone = ModelTeacher(model, ("logits",))(given), {"input_ids": ids[:, 4:]}
+    torch.testing.assert_close(logits_of(answer), here.dense()["logits"], rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(answer)[:, 4:], model(**alone).logits, rtol=1e-12, atol=1e-12)
+
+
+def test_students_are_divided_among_teachers() -> None:
+    """Three students, two teachers: the second has one of them; all leave, and both end."""
+    model = tiny()
+    group = Group(model, students=3, teachers=2)
+    students = [group.join() for _ in range(3)]
+    with torch.no_grad():
+        exact = model(**batch()).logits[0]
+    for student in students:
+        torch.testing.assert_close(logits_of(student(batch()))[0], exact, rtol=1e-12, atol=1e-12)
+    for student in students:
+        student.close()
+    for thread in group.threads:
+        thread.join(20)
+    assert group.status == [0, 0]
+    assert sorted(line.split(" has")[0] for line in group.said) == [f"student {i}" for i in range(3)]
+
+
+def test_a_group_that_nobody_asks_ends() -> None:
+    group = Group(tiny(), idle=0.2)
+    group.thread.join(20)
+    assert group.status == [1]
+    assert group.said == ["no question for idle_timeout=0.2 s: this is the end"]
 
 
 @pytest.fixture

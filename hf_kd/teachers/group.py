@@ -16,6 +16,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -180,11 +181,11 @@ class GroupTeacher:
 
     def _ask(self, batch: Mapping[str, Any]) -> TeacherSignal:
         view = teacher_view(batch, self._hello["columns"])
-        tensors = self._exchange(view)
+        first = next(iter(view.values()))
+        tensors = self._exchange(view, first.device)
         manifest = self._manifest
         assert manifest is not None
         mask = present(view, manifest.pad) if manifest.per_position else None
-        first = next(iter(view.values()))
         count = len(first) if mask is None else int(mask.sum())
         try:
             arrays = as_arrays(tensors, manifest)
@@ -199,7 +200,7 @@ class GroupTeacher:
         self.traffic.positions += count
         return signal_of(arrays, mask, manifest, len(first), head=self._head, device=first.device)
 
-    def _exchange(self, view: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def _exchange(self, view: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
         link = self._link
         before = link.sent, link.received
         try:
@@ -207,7 +208,7 @@ class GroupTeacher:
             about, tensors = link.receive()
             kept = 0
             if about.get("kind") == "manifest":
-                self._learn(about, tensors)
+                self._learn(about, tensors, device)
                 kept = link.received - before[1]
                 about, tensors = link.receive()
         except LinkError as error:
@@ -222,16 +223,19 @@ class GroupTeacher:
         self.traffic.answered += link.received - before[1] - kept
         return tensors
 
-    def _learn(self, about: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def _learn(self, about: dict[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """What all answers look like, and the head where they are hidden states."""
         try:
             self._manifest = Manifest.of(about["manifest"])
         except (KeyError, TypeError, CacheError) as error:
             raise GroupError(f"teacher={self.address!r} does not say what it answers ({error}).") from error
         if "weight" in tensors:
-            given = about.get("head", {})
+            given, bias = about.get("head", {}), tensors.get("bias")
             self._head = Head(
-                tensors["weight"], tensors.get("bias"), given.get("softcap"), given.get("scale", 1.0)
+                tensors["weight"].to(device),
+                None if bias is None else bias.to(device),
+                given.get("softcap"),
+                given.get("scale", 1.0),
             )
 
     def close(self) -> None:

@@ -184,6 +184,9 @@ class Teacher(Protocol):
     One that is no model in memory may have a `config`, with the `num_labels` and `id2label` of a classifier
     or the `vocab_size` of a language model: its classes are then matched to the student's as a model's are.
     Without one, they are taken to be the student's.
+
+    One whose answers depend on nothing but the batch, and can be made in another thread while the student
+    works, may say so by `asked_ahead = True` (see the option `teacher_ahead`).
     """
 
     def __call__(self, batch: Mapping[str, Any]) -> TeacherSignal:
