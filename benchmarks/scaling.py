@@ -35,6 +35,8 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from lm_step import llama, rows
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import PrinterCallback, TrainerCallback, default_data_collator
 from transformers.utils import logging as transformers_logging
 
@@ -265,6 +267,44 @@ def all_reduce_alone(rank: int, size: argparse.Namespace, folder: Path, port: in
         (folder / "found.json").write_text(json.dumps({"all_reduce": statistics.median(times[2:])}))
 
 
+def sharded_teacher(rank: int, size: argparse.Namespace, folder: Path, port: int) -> None:
+    """Bytes that each rank receives for a forward of a teacher in pieces over two ranks (FSDP 2)."""
+    pin({1})  # bytes, not seconds
+    where = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    model, mesh = make(size, size.teacher).eval(), init_device_mesh("cpu", (2,))
+    batch = default_data_collator(data(size)[: size.batch])
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    counts = []
+    with torch.no_grad():
+        for _ in range(4):
+            dist.barrier()
+            before = loopback()
+            model(**inputs)
+            dist.barrier()
+            counts.append(loopback() - before)
+    if rank == 0:
+        tokens = size.batch * size.length
+        each = statistics.median(counts[1:]) / 2 / tokens
+        formula = 4 * weights(model) / tokens  # `numel` of a piece is that of the whole
+        (folder / "found.json").write_text(
+            json.dumps({"bytes_per_token": each, "formula": formula / 2, "tokens": tokens})
+        )
+
+
+def moved_by_a_sharded_teacher(size: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """See `sharded_teacher`."""
+    port = free_port()
+    processes = [child(sharded_teacher, rank, size, folder, port) for rank in range(2)]
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    return json.loads((folder / "found.json").read_text())
+
+
 def alone(size: argparse.Namespace, folder: Path) -> dict[str, float]:
     """What is measured outside of any training."""
     found = {}
@@ -348,7 +388,15 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=2, help="steps of each round that are not counted")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--save", default=str(RESULTS))
+    parser.add_argument("--sharded", action="store_true", help="only what a sharded teacher moves, added")
     size = parser.parse_args()
+    if size.sharded:
+        with tempfile.TemporaryDirectory() as name:
+            found = moved_by_a_sharded_teacher(size, Path(name))
+        content = json.loads(Path(size.save).read_text()) | {"sharded_teacher": found}
+        Path(size.save).write_text(json.dumps(content, indent=1) + "\n")
+        print(found)
+        return
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -365,6 +413,7 @@ def main() -> None:
             for cell in CELLS:
                 raw[cell].append(measure(cell, size, folder))
         single = alone(size, folder)
+        sharded = moved_by_a_sharded_teacher(size, folder)
     found: dict[str, Any] = {}
     for cell, rounds in raw.items():
         seconds = [s for one in rounds for s in one["seconds"]]
@@ -388,11 +437,11 @@ def main() -> None:
         )
     for text, value in said.items():
         print(f"{text:58}{value:7.2f}")
-    described = {name: value for name, value in vars(size).items() if name != "save"}
+    described = {name: value for name, value in vars(size).items() if name not in ("save", "sharded")}
     content = {
         "schema_version": 1, **described, "machine": machine(), "load_average": os.getloadavg()[0],
         "wall_seconds": time.perf_counter() - started, "cells": found, "cache_bytes_per_token": stored,
-        "alone": single, "model": model, "ratios": said,
+        "alone": single, "sharded_teacher": sharded, "model": model, "ratios": said,
     }  # fmt: skip
     Path(size.save).write_text(json.dumps(content, indent=1) + "\n")
 

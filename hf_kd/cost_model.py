@@ -133,6 +133,33 @@ def gradient_bytes(parameters: float, devices: int) -> float:
     return 2 * (devices - 1) / devices * _FLOAT * parameters
 
 
+def teacher_bytes(way: str, run: Run, *, width: int, devices: int = 1, number: int = 2) -> float:
+    """Bytes a token that a device receives for the forward of a teacher that is not whole on it.
+
+    Args:
+        way: "device_map" (layers on several devices of a process: what passes from one to the next),
+            "sharded" (FSDP 2: the other devices' pieces of all weights, a forward), "offload" (all weights,
+            from the host's memory, each forward), or "group" (its signal, `run.signal`).
+        run: Of which `teacher`, `tokens` and `signal` are read.
+        width: Of the teacher's hidden states.
+        devices: That hold it.
+        number: Bytes of one of its numbers.
+
+    Raises:
+        ValueError: If the way is not known.
+    """
+    weights = number * run.teacher / run.tokens
+    found = {
+        "device_map": number * width * (devices - 1),
+        "sharded": weights * (devices - 1) / devices,
+        "offload": weights,
+        "group": run.signal,
+    }
+    if way not in found:
+        raise ValueError(f"way={way!r} is not known: use one of {', '.join(found)}")
+    return float(found[way])
+
+
 def bytes_per_token(
     fidelity: str, *, vocabulary: int, width: int, number: int = 2, entries: int = 28, bits: int = 16
 ) -> float:

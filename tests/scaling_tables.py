@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_kd.cost_model import Machine, Run, bytes_per_token, gradient_bytes, hours, step
+from hf_kd.cost_model import Machine, Run, bytes_per_token, gradient_bytes, hours, step, teacher_bytes
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "scaling.json"
 #: Assumed, not measured: operations a second reached, bytes a second to another device, and of a cache.
@@ -126,6 +126,24 @@ def gradient_table() -> str:
     return table(head, rows)
 
 
+def teacher_table() -> str:
+    """What a teacher that does not fit moves, by where it is."""
+    _, teacher, vocabulary, width = PAIRS["8 B from 70 B"]
+    run = Run(8e9, teacher, TOKENS_A_STEP)
+    rows = []
+    for way, name in (
+        ("device_map", "`teacher_device_map`, layers over 8 devices"), ("sharded", "FSDP 2 over 8 devices"),
+        ("offload", "weights in the host's memory"),
+    ):  # fmt: skip
+        rows.append([name, size(teacher_bytes(way, run, width=width, devices=8))])
+    for kind in ("logits", "hidden", "sparse"):
+        each = bytes_per_token(kind, vocabulary=vocabulary, width=width)
+        rows.append(
+            [f"a group, {kind}", size(teacher_bytes("group", replace(run, signal=each), width=width))]
+        )
+    return table(["teacher of 70 B", "bytes a token"], rows)
+
+
 def measured_table(found: dict[str, Any]) -> str:
     """Seconds of a step, predicted and measured."""
     rows = []
@@ -147,7 +165,8 @@ def ratio_table(found: dict[str, Any]) -> str:
 def tables() -> list[str]:
     """All of them, as they stand in the page."""
     found = json.loads(RESULTS.read_text())
-    return [ratio_table(found), measured_table(found), hours_table(), cache_table(), gradient_table()]
+    made = hours_table(), cache_table(), gradient_table(), teacher_table()
+    return [ratio_table(found), measured_table(found), *made]
 
 
 if __name__ == "__main__":

@@ -255,6 +255,33 @@ def test_a_data_set_that_raises_does_so_in_its_own_step(tmp_path: Path) -> None:
     assert steps[0] == steps[1] > 1
 
 
+def test_a_stream_is_read_ahead_alike(tmp_path: Path) -> None:
+    """Each rank reads its own rows of a stream; a checkpoint counts those that were trained."""
+    data = ROWS.to_iterable_dataset()
+    found = []
+    for ahead in ("off", "on"):
+        options = {"data": data, "max_steps": 6, "gradient_accumulation_steps": 1}
+        found.append(train(tmp_path / ahead, ahead, Watched, **options))
+        teacher = found[-1][2].teacher
+    same(*found)
+    assert teacher.threads.count("teacher-ahead") == 6
+    rest = train(
+        tmp_path / "rest", "on", data=data, max_steps=6, gradient_accumulation_steps=1,
+        resume=str(tmp_path / "on" / "checkpoint-2"),
+    )  # fmt: skip
+    same((found[0][0][2:], found[0][1]), rest)
+
+
+def test_a_served_teacher_is_asked_early_by_itself(tmp_path: Path) -> None:
+    """Nobody is asked here."""
+    student, _ = models(HEADS["causal-lm"])
+    args = arguments(tmp_path, temperature=1.0, server_model="tiny")
+    trainer = DistillationTrainer(student, args, teacher="http://127.0.0.1:1/v1")
+    assert trainer.ahead.used
+    args = arguments(tmp_path, temperature=1.0, server_model="tiny", teacher_ahead="off")
+    assert not DistillationTrainer(student, args, teacher="http://127.0.0.1:1/v1").ahead.used
+
+
 def _unlike(model: nn.Module) -> Any:
     teacher = Watched(model)
     teacher.asked_ahead = False  # type: ignore[misc]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hf_kd.cost_model import Machine, Run, bytes_per_token, gradient_bytes, hours, step
+from hf_kd.cost_model import Machine, Run, bytes_per_token, gradient_bytes, hours, step, teacher_bytes
 from hf_kd.teachers.cache import SparseCodec
 
 from . import scaling_tables
@@ -59,6 +60,27 @@ def test_bytes_are_those_of_the_cache() -> None:
     assert bytes_per_token("logits", **shape) == 64_000
     assert bytes_per_token("hidden", number=4, **shape) == 4096
     assert bytes_per_token("sparse", **shape) == SparseCodec(32_000, 28).stride
+
+
+def test_a_teacher_in_pieces_by_hand() -> None:
+    """4 billion weights of 2 bytes for 1,000 tokens: 8 MB each; a device of four lacks three quarters."""
+    moved = {
+        way: teacher_bytes(way, RUN, width=512, devices=4)
+        for way in ("device_map", "sharded", "offload", "group")
+    }
+    assert moved == {"device_map": 3072.0, "sharded": 6e6, "offload": 8e6, "group": 200.0}
+    with pytest.raises(ValueError, match="way='disk' is not known: use one of device_map, sharded"):
+        teacher_bytes("disk", RUN, width=1)
+
+
+def test_a_sharded_teacher_moves_what_was_measured() -> None:
+    """Over the loopback device, protocol included."""
+    found = json.loads(scaling_tables.RESULTS.read_text())
+    run = replace(
+        RUN, teacher=found["model"]["weights"]["teacher"], tokens=found["sharded_teacher"]["tokens"]
+    )
+    predicted = teacher_bytes("sharded", run, width=1, devices=2, number=4)
+    assert predicted == pytest.approx(found["sharded_teacher"]["bytes_per_token"], rel=0.01)
 
 
 def test_wrong_names_are_refused() -> None:
