@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +60,16 @@ def load_model(
     auto_class = getattr(transformers, TASKS[task].auto_class)
     extra: dict[str, Any] = {"device_map": device_map} if device_map else {}
     try:
-        model, info = auto_class.from_pretrained(
-            name_or_path,
-            dtype="auto" if dtype is None else dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=new_head,
-            **shared,
-            **extra,
-            **config_changes,
-        )
+        with _whole():
+            model, info = auto_class.from_pretrained(
+                name_or_path,
+                dtype="auto" if dtype is None else dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=new_head,
+                **shared,
+                **extra,
+                **config_changes,
+            )
     except OSError as error:
         raise _cannot_load(name_or_path, role, error) from error
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
@@ -78,6 +81,22 @@ def load_model(
             "(on the command line: train_teacher=true), or choose a checkpoint that was."
         )
     return model
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Load whole weights, also while DeepSpeed's ZeRO-3 is on: pieces mean something to an engine only.
+
+    A teacher has none, a student is read (cut, compared, copied) before it has one.
+    """
+    from transformers.integrations import deepspeed
+
+    active = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = active
 
 
 def task_of_checkpoint(name_or_path: str, *, role: str, **shared: Any) -> str:

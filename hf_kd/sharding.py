@@ -21,7 +21,12 @@ def in_pieces(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def shard_teacher(teacher: Teacher | None, accelerator: Accelerator, wanted: bool | None) -> None:
+def shard_teacher(
+    teacher: Teacher | None,
+    accelerator: Accelerator,
+    wanted: bool | None,
+    student: nn.Module | None = None,
+) -> None:
     """Distribute a teacher's parameters over the ranks, if it is a model and the student is distributed so.
 
     Each layer is gathered for its forward and let go after it, so that a rank holds its share of the teacher
@@ -31,10 +36,19 @@ def shard_teacher(teacher: Teacher | None, accelerator: Accelerator, wanted: boo
         teacher: Any teacher; models in memory are changed in place.
         accelerator: Of the run.
         wanted: The option `shard_teacher`; None: where FSDP 2 shards the student.
+        student: Not changed.
 
     Raises:
-        ValueError: If it is wanted where there is no FSDP 2, or of a teacher that can't be sharded.
+        ValueError: If it is wanted where there is no FSDP 2, or of a teacher that can't be sharded; or if a
+            model lies in DeepSpeed's pieces.
     """
+    for role, model in (("teacher", getattr(teacher, "model", None)), ("model", student)):
+        if isinstance(model, nn.Module) and any(hasattr(p, "ds_id") for p in model.parameters()):
+            raise ValueError(
+                f"{role}: its weights lie in pieces, since it was loaded while DeepSpeed's ZeRO-3 was on. "
+                f"Give its name instead ({role}='DIR_OR_ID' is loaded whole, the engine takes the student "
+                "apart), or load it before DistillationArguments is made."
+            )
     if wanted and not accelerator.is_fsdp2:
         kind = accelerator.distributed_type.value
         raise ValueError(

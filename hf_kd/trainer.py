@@ -137,7 +137,7 @@ class DistillationTrainer(Trainer):
         self.teacher = resolve_teacher(
             teacher, self.task, args, student=self.student, processor=self.processing_class
         )
-        sharding.shard_teacher(self.teacher, self.accelerator, args.shard_teacher)
+        sharding.shard_teacher(self.teacher, self.accelerator, args.shard_teacher, self.student)
         sharding.name_layers(self.student, self.accelerator)
         self.teacher_processing_class = teacher_processing_class
         self.alignment_problem: AlignmentError | None = None

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from hf_kd import DistillationArguments, DistillationTrainer
 from hf_kd.teachers import CachedTeacher, EMATeacher, ModelTeacher
@@ -28,6 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
     "confidence": {"ensemble_weighting": "confidence"},
     "routed": {"teacher_routes": {"0": 1, "1": 0}},
     "one": {},
+    "a stream": {},
+    "a spike": {"spike_action": "skip", "spike_threshold": 20.0, "max_steps": 20, "learning_rate": 1e-3},
     "filled": {},
     "deeper, no labels": {"self_teacher": "deeper", "exit_layers": [0], "alpha": 1.0},
 }  # fmt: skip
@@ -70,7 +73,8 @@ def trained(folder: Path, name: str, ranks: int, *, resume: Path | None = None) 
     several = [teacher, models(HEAD, seed=5)[1]]
     rows = [{**row, "teacher_id": i % 2} for i, row in enumerate(rows_of(HEAD, 8, seed=3))]
     options = CASES[name]
-    teachers: Any = {"one": teacher}.get(name, None if "self_teacher" in options else several)
+    teachers: Any = None if "self_teacher" in options else several
+    teachers = teacher if name in ("one", "a stream", "a spike") else teachers
     if name == "filled":
         teachers = filled(folder / name / "cache", teacher)
     settings: dict[str, Any] = {
@@ -83,11 +87,14 @@ def trained(folder: Path, name: str, ranks: int, *, resume: Path | None = None) 
         student,
         DistillationArguments(**settings),
         teacher=teachers,
-        train_dataset=rows,
+        train_dataset=Stream(rows) if name == "a stream" else rows,
         data_collator=Numbered(HEAD),
     )
+    if name == "a spike":
+        spoil(trainer)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    assert trainer.accelerator.num_processes == ranks and trainer.state.global_step == 4
+    assert trainer.accelerator.num_processes == ranks and trainer.state.global_step == settings["max_steps"]
+    assert trainer.spikes.counts["steps_skipped"] == (name == "a spike")
     found: dict[str, Any] = {"student": weights(student)}
     if name == "filled":
         # The first rows, before training, and the first epoch: in the second one the ranks have other rows.
@@ -99,6 +106,27 @@ def trained(folder: Path, name: str, ranks: int, *, resume: Path | None = None) 
         total = torch.stack([values.sum() for values in found["average"].values()]).sum()
         found["averages of the ranks"] = trainer.accelerator.gather(total.reshape(1))
     return found
+
+
+class Stream(IterableDataset):
+    """Eight rows, one after another."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+def spoil(trainer: DistillationTrainer) -> None:
+    """The last rank's gradient is a million times too large in one step."""
+
+    def hook(grad: Tensor) -> Tensor:
+        last = trainer.args.process_index == trainer.args.world_size - 1
+        return grad * 1e6 if last and trainer.state.global_step == 17 else grad
+
+    for parameter in trainer.student.parameters():
+        parameter.register_hook(hook)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ range: that is what a loss scaler is for, and what training without one refuses.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from hf_kd.losses.tiles import DenseTeacher, Head
 from hf_kd.losses.vectors import VECTOR_LOSSES
 from hf_kd.spikes import SpikeWatch
 
+from .heads import HEADS, Collator, models, rows_of
 from .test_trainer import arguments, classifiers, text_rows
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -313,3 +315,33 @@ def test_a_student_and_a_teacher_without_a_class_in_common(tmp_path: Path) -> No
     )
     with pytest.raises(FloatingPointError, match=r"The distillation loss is nan at step 1, rows \["):
         trainer.train()
+
+
+def test_the_fused_loss_ends_where_the_teacher_masks_what_the_student_is_sure_of(tmp_path: Path) -> None:
+    """Its best class is masked and the rest lies more than 88 T below it: named, and no weight changed."""
+    head = HEADS["causal-lm"]
+    student, _ = models(head, dtype=torch.float32)
+    student.lm_head.weight.data *= 1e4
+    own = copy.deepcopy(student)
+
+    class Masking(Stressed):
+        columns = ("input_ids", "attention_mask")
+
+        def __call__(self, batch: Any) -> TeacherSignal:
+            with torch.no_grad():
+                seen = own(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            best = torch.nn.functional.one_hot(seen.argmax(-1), seen.shape[-1]).bool()
+            return TeacherSignal({"logits": torch.zeros_like(seen).masked_fill(best, -torch.inf)})
+
+    before = student.lm_head.weight.detach().clone()
+    trainer = DistillationTrainer(
+        student,
+        arguments(tmp_path, alpha=1.0, max_steps=1, temperature=1.0, fused="on"),
+        teacher=Masking("masked"),
+        task="causal-lm",
+        train_dataset=rows_of(head, 8),
+        data_collator=Collator(head),
+    )
+    with pytest.raises(FloatingPointError, match=r"The distillation loss is nan at step 1, rows \["):
+        trainer.train()
+    assert torch.equal(student.lm_head.weight, before)

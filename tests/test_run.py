@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
+import logging
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from hf_kd.data.processors import train_tokenizer
 from hf_kd.results import Results
 from hf_kd.trainer import DistillationTrainer
 
+CANARY = "hf_canaryTOKENcanaryTOKENcanary00"
 VIT = {
     "model_type": "vit", "image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16,
     "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
@@ -52,7 +56,18 @@ def finished(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DistillationTrainer, "train", spy)
-        results = runs.distill(*digits(out))
+        patch.setenv("HF_TOKEN", CANARY)
+        said = io.StringIO()
+        heard = logging.StreamHandler(said)
+        logging.getLogger().addHandler(heard)
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                results = runs.distill(*digits(out, "--hub_token", CANARY))
+                with pytest.raises(ValueError) as error:
+                    runs.distill(*digits(out, "--hub_token", CANARY, "--slices", "nothing"))
+        finally:
+            logging.getLogger().removeHandler(heard)
+    (out / "said.txt").write_text(f"{said.getvalue()}\n{error.value!r}")
     return out, results, started
 
 
@@ -105,6 +120,17 @@ def test_three_arms_are_measured_alike(finished):
     for name, arm in results.arms.items():
         assert arm.bytes_on_disk > 0, name
         assert arm.peak_memory > arm.bytes, name
+
+
+def test_a_token_is_in_nothing_that_a_run_leaves_or_says(finished):
+    """`HF_TOKEN` and `hub_token` were set: not in a file of the run, its report, its log or an error."""
+    out, _, _ = finished
+    files = [path for path in out.rglob("*") if path.is_file()]
+    names = {path.name for path in files}
+    assert {"results.json", "report.html", "README.md", "distillation.yaml", "said.txt"} <= names
+    said = (out / "said.txt").read_text()
+    assert "accuracy" in said and "slices='nothing' is no column" in said
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
 
 
 def test_where_the_numbers_come_from_is_in_the_file(finished):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -14,12 +15,21 @@ from transformers import BertForSequenceClassification, TrainerCallback
 
 from hf_kd import DistillationTrainer
 from hf_kd.teachers import AdaptersOffTeacher, EMATeacher, FrozenTeacher
-from hf_kd.teachers.selves import EMA_FILE
+from hf_kd.teachers.selves import EMA_FILE, self_teacher
 
 from .heads import HEADS, bert, models, rows_of
 from .test_gradient import Gradients, assert_same, step
 from .test_teachers import Normed, batch_of
 from .test_trainer import arguments, classifiers, text_rows
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_pieces_of_a_student_are_no_teacher(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    """Also where the configuration that was launched says so, and no option does."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    args = SimpleNamespace(fsdp=None, deepspeed=None, torch_compile=False, n_gpu=0)
+    with pytest.raises(ValueError, match="self_teacher='ema' needs the student's whole weights"):
+        self_teacher("ema", noisy(), ("logits",), args)
 
 
 def noisy() -> nn.Module:

@@ -83,6 +83,14 @@ def test_what_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shard_teacher=True needs FSDP 2.*fsdp2.yaml"):
         DistillationTrainer(student, args, teacher=teacher)
 
+    weight: Any = next(student.parameters())
+    weight.ds_id = 1
+    with pytest.raises(ValueError, match=r"model: its weights lie in pieces.*Give its name instead"):
+        DistillationTrainer(
+            student, DistillationArguments(output_dir=str(tmp_path), use_cpu=True), teacher=teacher
+        )
+    del weight.ds_id
+
     class Sharded:
         is_fsdp2 = True
 

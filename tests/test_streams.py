@@ -209,7 +209,7 @@ def test_the_gradient_is_that_of_the_rows(tmp_path: Path) -> None:
     """Traps 1, 17: of the first four rows of the stream."""
     gradients = Gradients()
     trainer = trainer_for(
-        tmp_path, texts(tmp_path), collator=Collator(HEAD), max_steps=1, alpha=HEAD.alpha,
+        tmp_path, texts(tmp_path), collator=Collator(HEAD), max_steps=1, alpha=HEAD.alpha, temperature=2.0,
         learning_rate=0.0, max_grad_norm=0.0,
     )  # fmt: skip
     trainer.add_callback(gradients)

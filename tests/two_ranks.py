@@ -1,6 +1,7 @@
 """One optimizer step per head on two ranks; rank 0 saves what `test_distributed.py` compares.
 
-Started as `python -m accelerate.commands.launch ... tests/two_ranks.py FOLDER`.
+Started as `python -m accelerate.commands.launch ... tests/two_ranks.py FOLDER EARLIER`, where `EARLIER` has
+the runs of `rank_teachers.py` on one rank.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hf_kd import DistillationArguments, DistillationTrainer  # noqa: E402
 from hf_kd.teachers import CachedTeacher  # noqa: E402
 from tests.heads import HEADS, Collator, models, rows_of  # noqa: E402
-from tests.rank_teachers import all_runs  # noqa: E402
+from tests.rank_teachers import all_runs, trained  # noqa: E402
 from tests.test_cached import write  # noqa: E402
 from tests.test_features import MAPS, WEIGHTS  # noqa: E402
 from tests.test_gradient import step  # noqa: E402
@@ -70,6 +71,8 @@ def main(folder: Path) -> None:
     loss, grads = step(folder, head, student, cached, rows[::-1], per_device_train_batch_size=4)
     results["from a cache"] = {"loss": loss, "grads": grads}
     results["teachers"] = all_runs(folder / "teachers", 2)
+    earlier = Path(sys.argv[2]) / "ema" / "checkpoint-2"
+    results["from one rank"] = trained(folder / "from one rank", "ema", 2, resume=earlier)
     student, teacher = models(head)
     trainer = DistillationTrainer(
         student,

@@ -8,6 +8,7 @@ average that follows fast the two may agree on a constant: watch `eval_teacher_e
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -226,7 +227,8 @@ def self_teacher(
     Raises:
         ValueError: If the student is to be sharded, or has no adapters to switch off.
     """
-    if args.fsdp or args.deepspeed:
+    launched = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # asked for in Accelerate's configuration
+    if args.fsdp or args.deepspeed or any(os.environ.get(name, "").lower() == "true" for name in launched):
         raise ValueError(
             f"self_teacher={name!r} needs the student's whole weights on each rank, which FSDP and DeepSpeed "
             "keep in pieces; use DDP, or save a copy of the student and pass it as teacher."
