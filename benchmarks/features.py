@@ -56,7 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def bert(width: int, layers: int) -> nn.Module:
     """A classifier."""
     config = BertConfig(
-        vocab_size=8192, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32,
+        vocab_size=8192, hidden_size=width, num_hidden_layers=layers, num_attention_heads=8,
         intermediate_size=4 * width, num_labels=2,
     )  # fmt: skip
     return BertForSequenceClassification(config)
@@ -156,10 +156,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             results["workloads"][name] = compare(name, args.steps, folder)
         results["steps"][name] = args.steps
+        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for variant in VARIANTS:
         table.add_row(variant, *(f"{results['workloads'][name][variant]['ratio']:.3f}" for name in chosen))
     Console().print(table)
-    args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
