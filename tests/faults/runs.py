@@ -62,13 +62,20 @@ def trainer(folder: Path, *, teacher: Any = None, data: Any = None, **options: A
     )
 
 
-def train(folder: Path, *, resume: bool = False, delay: float = 0.0, **options: Any) -> None:
-    """Train and save; `delay` seconds longer a step, so that a signal meets any part of it."""
+def train(
+    folder: Path, *, resume: bool = False, delay: float = 0.0, steps: Path | None = None, **options: Any
+) -> None:
+    """Train and save; `delay` seconds longer a step, so that a signal meets any part of it.
+
+    The file `steps` has as many bytes as the run has come steps far.
+    """
     run = trainer(folder, **options)
     if delay:
         original = run.training_step
 
         def slow(*args: Any, **kwargs: Any) -> Tensor:
+            if steps is not None:
+                steps.write_bytes(b"." * (run.state.global_step + 1))
             time.sleep(delay)
             return original(*args, **kwargs)
 

@@ -35,11 +35,14 @@ def all_whole(folder: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
 @pytest.mark.parametrize("seed", range(3))
 def test_training(undisturbed: Path, tmp_path: Path, number: signal.Signals, seed: int) -> None:
-    """Stopped up to five times, anywhere in training and saving."""
+    """Stopped up to five times, anywhere in training and saving, once it was seen to have come so far."""
     chance, folder, hits = random.Random(f"{seed} {number}"), tmp_path / "out", 0
-    for _ in range(5):
-        process = child(train, folder, resume=True, delay=0.01)
-        time.sleep(chance.uniform(0.3, 2.5))
+    for target in sorted(chance.sample(range(1, STEPS - 4), 5)):
+        steps = tmp_path / f"until-{target}"
+        process = child(train, folder, resume=True, delay=0.01, steps=steps)
+        while process.is_alive() and not (steps.exists() and len(steps.read_bytes()) >= target):
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0.0, 0.02))  # somewhere in the step, or in what is saved after it
         if process.is_alive():
             hits += 1
             os.kill(process.pid or 0, number)
@@ -67,7 +70,7 @@ def _in_the_middle(folder: Path, after: int) -> None:
     train(folder)
 
 
-@pytest.mark.parametrize("after", [1, 4, 11, 12, 40, 72, 73, 74])
+@pytest.mark.parametrize("after", [1, 4, 12, 13, 40, 78, 79, 80])
 def test_saving(undisturbed: Path, tmp_path: Path, after: int) -> None:
     """Killed between any two files of a checkpoint, before its rename, or within the final student."""
     folder = tmp_path / "out"
