@@ -163,6 +163,7 @@ def _positions(results: Results) -> Figure | None:
         )
     axes.set_xlabel("position in the sequence (tokens)")
     axes.set_ylabel("KL to the teacher (nats)")
+    axes.margins(y=0.1)  # a marker on the edge would be cut
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.legend(loc="best")

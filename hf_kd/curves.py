@@ -75,6 +75,7 @@ def _curves(
         axes.axhline(even, color=INK, linestyle=":", label="the same")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(label)
+    axes.margins(y=0.1)  # a marker on the edge would be cut
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     if len(axes.lines) > 1:

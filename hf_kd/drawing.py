@@ -19,7 +19,8 @@ MARKERS = {"teacher": "s", "student": "o", "control": "^"}
 OTHER_MARKERS = ("D", "P", "X")
 # Stands for the page's own text colour until the SVG is written.
 INK = "#010203"
-_WIDTH, _HEIGHT = 5.4, 3.3
+# Small, so that a label of this size can be read where a phone shrinks the chart.
+_WIDTH, _HEIGHT = 4.8, 3.1
 
 
 def svg(figure: Figure, name: str) -> str:

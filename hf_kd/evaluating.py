@@ -98,6 +98,7 @@ def evaluate(
         primary: The metric that decides; "perplexity" follows from the loss.
     """
     trainer.remove_callback(PrinterCallback)  # the table says it
+    trainer.check(training=False, warn=False)  # training said it
     trainer.scores.rows = []
     logits = labels = None
     with _watched(trainer) as seen:

@@ -24,7 +24,7 @@ _ACTIVE = re.compile(r"([\\`*_{}\[\]<>#|!&])")
 
 _CAPTIONS = {
     "quality": "Quality on the evaluation rows",
-    "cost": "Quality against cost: up and to the left is better",
+    "cost": "Quality against cost: {way} and to the left is better",
     "slices": "Quality on parts of the evaluation rows, with their number",
     "calibration": "Calibration: on the dotted line a model is right as often as it says",
     "agreement": "Rows by the teacher's class and the student's; shade is the share of the teacher's class",
@@ -50,7 +50,9 @@ def write_html(results: Results, folder: Path) -> Path:
     sections = [
         {
             "title": title,
-            "charts": [{"svg": drawn[name], "caption": _CAPTIONS[name]} for name in names if name in drawn],
+            "charts": [
+                {"svg": drawn[name], "caption": _caption(results, name)} for name in names if name in drawn
+            ],
         }
         for title, names in _SECTIONS.items()
     ]
@@ -64,6 +66,7 @@ def write_html(results: Results, folder: Path) -> Path:
             behaviour=behaviour,
             texts=behaviour is not None and any(d.text for d in behaviour.differences),
             latencies=latencies(results),
+            of_text=any(row["length"] is not None for row in latencies(results)),
             slices=slice_table(results),
             made=_yaml(
                 {k: v for k, v in results.provenance.items() if k != "resolved"}
@@ -81,13 +84,17 @@ def write_markdown(results: Results, folder: Path) -> Path:
     """Write `report.md`, and its charts as `report-<name>.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     images = [
-        (save_png(figure, folder / f"report-{name}.png").name, _CAPTIONS[name])
+        (save_png(figure, folder / f"report-{name}.png").name, _caption(results, name))
         for name, figure in charts(results).items()
     ]
     text = environment(autoescape=False).get_template(MARKDOWN_FILE).render(**content(results), images=images)
     path = folder / MARKDOWN_FILE
     write_text(path, text)
     return path
+
+
+def _caption(results: Results, name: str) -> str:
+    return _CAPTIONS[name].format(way="up" if results.greater_is_better else "down")
 
 
 def _yaml(value: Any) -> str:

@@ -50,7 +50,8 @@ def of_shares(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
 
     Exact given the number of rows on which the two differ: 0 is outside the interval just where McNemar's
     exact test (1947; two-sided, binomial) is below 0.05. The share of those rows on which `one` is right has
-    the interval of Clopper and Pearson (1934).
+    the interval of Clopper and Pearson (1934). Where they never differ, the ends are what such rows leave
+    possible: no more than `1 - 0.025 ** (1 / N)` of all rows can be.
     """
     from scipy.stats import beta
 
@@ -58,7 +59,8 @@ def of_shares(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     better, worse = int((one > other)[known].sum()), int((one < other)[known].sum())
     differ, rows = better + worse, int(known.sum())
     if not differ:
-        return 0.0, 0.0
+        most = 1 - 0.025 ** (1 / rows) if rows else 1.0
+        return -most, most
     low = float(beta.ppf(0.025, better, worse + 1)) if better else 0.0
     high = float(beta.ppf(0.975, better + 1, worse)) if worse else 1.0
     return (2 * low - 1) * differ / rows, (2 * high - 1) * differ / rows

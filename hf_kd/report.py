@@ -70,7 +70,8 @@ def provenance(results: Results) -> str:
         parts.append(f"torch {version}")
     timed = next((arm.latency[0] for arm in results.arms.values() if arm.latency), None)
     if timed:
-        parts.append(f"batch {timed.batch_size}, {timed.threads} threads, {timed.repeats} repeats")
+        threads = f"{timed.threads} thread" + ("s" if timed.threads != 1 else "")
+        parts.append(f"batch {timed.batch_size}, {threads}, {timed.repeats} repeats")
         if timed.padding >= 0.005:
             parts.append(f"{100 * timed.padding:.0f} % padding")
     return " · ".join(part for part in parts if part)

@@ -256,12 +256,12 @@ class DistillationTrainer(Trainer):
             with attached, self.features.ready(), self.ahead.running():
                 return super().train(resume, *args, **kwargs)
 
-    def check(self, *, training: bool) -> None:
-        """Run the pre-flight checks once; log warnings, raise problems."""
+    def check(self, *, training: bool, warn: bool = True) -> None:
+        """Run the pre-flight checks once; log warnings (unless others did), raise problems."""
         if {training, True} & self._checked:
             return
         report = checks.inspect(self, training=training)
-        for warning in report.warnings:
+        for warning in report.warnings if warn else ():
             logger.warning(warning)
         report.raise_problems()
         self._sparse |= report.sparse

@@ -38,9 +38,9 @@ def _helped(results: Results) -> str:
         return f"Whether the teacher helped is not known: {reason}."
     lead = results.lead(*scores)
     said = f"{results.primary_metric} {number(scores[0])} with it, {number(scores[1])} without"
-    if lead == 0:
-        return f"The teacher made no difference ({said})."
     clear, how = _clear(results, lead)
+    if lead == 0 and not clear:
+        return f"The teacher made no difference that these rows can show ({said})."
     if clear is None:
         return f"Whether the teacher made a difference can't be told: {said}, and {how}."
     if not clear:

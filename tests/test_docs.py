@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hf_kd.options import DistillationOptions, GenerateOptions, RunOptions, ShrinkOptions, TeachOptions
 
-from . import losses_page, options_page
+from . import losses_page, options_page, results_page
 from .heads_table import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +44,15 @@ def test_options_page_has_every_option_once() -> None:
     assert all(any(row.startswith(f"| `{name}` |") for row in rows) for name in own)
     shared = sum(len(fields(cls)) for cls in (DistillationOptions, RunOptions, GenerateOptions, TeachOptions))
     assert len(rows) == shared + len(own)
+
+
+def test_results_page_is_current_and_has_every_field() -> None:
+    """`python -m tests.results_page > docs/results.md` was run after the last change."""
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert text == results_page.page()
+    for cls in results_page.CLASSES:
+        part = text.partition(f"## {cls.__name__}\n")[2].partition("\n## ")[0]
+        assert all(f"| `{field.name}` |" in part for field in fields(cls)), cls
 
 
 def test_losses_page_is_current() -> None:

@@ -129,6 +129,12 @@ def test_zero_is_outside_the_interval_of_two_shares_where_mcnemar_says_so(better
     assert of_shares(other, one) == pytest.approx((-high, -low))
 
 
+def test_models_that_never_differ_may_still_differ_elsewhere():
+    low, high = of_shares(np.ones(40), np.ones(40))
+    assert high == pytest.approx(1 - 0.025 ** (1 / 40)) and low == -high
+    assert binomtest(0, 40).proportion_ci(0.95).high == pytest.approx(high)
+
+
 def test_rows_that_are_hard_for_both_don_t_hide_the_difference():
     """Trap 52: a loss of 3 ± 2 nats on all rows, and one model better by 0.1 on nearly each."""
     rng = np.random.default_rng(4)
