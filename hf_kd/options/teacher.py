@@ -39,7 +39,7 @@ class TeacherOptions:
     )
     teacher_timeout: float | None = option(None, "seconds that it may take for a batch (default: no limit)")
     teacher_ahead: str = option(
-        "auto", "ask it for the next batch while the student works: auto (one elsewhere), on, off"
+        "auto", "ask ahead while the student works: auto (a teacher elsewhere), on, off"
     )
     self_teacher: str | None = option(None, "the student's own: ema, frozen, adapters_off, deeper")
     exit_layers: list[int] | None = option(None, "layers that the last one teaches (default: half way)")
