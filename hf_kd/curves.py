@@ -79,7 +79,7 @@ def _curves(
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     if len(axes.lines) > 1:
-        axes.legend(loc="best")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)  # never over a curve
     return figure
 
 
