@@ -6,7 +6,16 @@ import importlib.util
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_kd import cli
 from hf_kd import run as runs
@@ -93,6 +102,34 @@ def test_text_of_any_length_and_number_of_rows_gives_the_same_logits(tmp_path):
         model.classifier.bias += 1.0
     other = compare(model, OnnxModel(path), [batch(2, 5)], task=task)
     assert other.difference == pytest.approx(1.0, abs=1e-3) and other.relative > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_causal_models_give_the_same_logits(tmp_path, kind):
+    """Without their cache, padded on either side, at lengths that the export has not seen."""
+    from hf_kd.onnx_model import OnnxModel, compare, export_onnx
+
+    torch.manual_seed(0)
+    shared = {"vocab_size": 50, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "llama":
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 16}
+        model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **sizes, **shared))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **shared))
+    task = resolve_task(None, model)
+
+    def batch(rows, length, left):
+        ids = torch.randint(3, 50, (rows, length))
+        mask = torch.ones_like(ids)
+        mask[0, : length // 3] = int(not left)
+        mask[0, length - length // 3 :] = int(left)
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    path = export_onnx(model.eval(), batch(3, 7, False), tmp_path / "model.onnx", task=task)
+    seen = compare(
+        model, OnnxModel(path), [batch(1, 5, False), batch(4, 31, False), batch(4, 20, True)], task=task
+    )
+    assert seen.difference < 1e-4 * max(1.0, seen.scale) and seen.same == 1.0 and seen.positions > 100
 
 
 def test_models_with_a_decoder_of_their_own_are_refused(tmp_path):
