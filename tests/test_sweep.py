@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 
 from hf_kd import cli
+from hf_kd.charts import logarithmic
+from hf_kd.drawing import new_figure, style
 from hf_kd.sweep import combine, table
 
 from .test_report import arm, results
@@ -96,3 +98,21 @@ def test_runs_that_say_nothing_of_each_other_are_refused(depths, tmp_path):
     with pytest.raises(ValueError, match="different rows"):
         combine([depths[0], elsewhere])
     assert cli.main(["report", str(depths[0]), str(tmp_path / "nowhere")]) == 2
+
+
+@pytest.mark.parametrize("ends", [(0.014, 0.026), (25, 160), (0.06, 0.114), (1, 1e7), (3, 3.2), (0.02, 6e2)])
+def test_a_cost_axis_has_round_numbers_however_much_it_spans(ends):
+    """Between three and six, none of them outside and none written twice."""
+    with style():
+        figure, axes = new_figure()
+    axes.plot(ends, (0.5, 0.9))
+    logarithmic(axes)
+    axes.margins(0.18)
+    figure.draw_without_rendering()
+    low, high = axes.get_xlim()
+    marks = [tick for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    labels = [tick.label1.get_text() for tick in marks]
+    assert 3 <= len(set(labels)) == len(labels) <= 6
+    values = [float(text.replace(",", "")) for text in labels]
+    assert values == pytest.approx([tick.get_loc() for tick in marks])
+    assert not axes.xaxis.get_minorticklocs().size
