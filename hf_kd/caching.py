@@ -37,6 +37,7 @@ from hf_kd.teachers.cache.make import CacheSettings, changing_columns, describe,
 from hf_kd.teachers.cache.record import DTYPES
 from hf_kd.teachers.cache.store import MANIFEST_FILE, check_shard, locked, read_shards
 from hf_kd.teachers.cache.writer import refuse_other
+from hf_kd.teachers.link import is_link
 from hf_kd.teachers.server import is_address
 from hf_kd.teachers.signal import TeacherSignal
 from hf_kd.trainer import DistillationTrainer
@@ -71,6 +72,11 @@ def prepare(command: str, argv: Sequence[str]) -> tuple[Asked, Setting, Distilla
         ValueError: If an option is wrong or missing.
     """
     asked, run, args = _parse(command, argv)
+    if is_link(run.teacher):
+        raise ValueError(
+            f"teacher={run.teacher!r} is a teacher group, which keeps nothing: run hf-kd {command} where the "
+            "model is, with its directory or Hub id"
+        )
     if is_address(run.teacher):
         setting = served_run.load(run, args)
         trainer = served_run.distiller(setting)

@@ -301,6 +301,14 @@ def test_options_that_belong_to_the_other_side(tmp_path: Path, options: Any, mes
         DistillationTrainer(models()[0], args, teacher="torch://h:1", train_dataset=rows())
 
 
+def test_a_cache_is_made_where_the_model_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "cache"
+    argv = f"cache --teacher torch://h:1 --student s --dataset rows.csv --cache_dir {folder}".split()
+    assert main(argv) == 2
+    assert "teacher='torch://h:1' is a teacher group, which keeps nothing" in capsys.readouterr().err
+    assert not folder.exists()
+
+
 # ---- processes ----
 
 
