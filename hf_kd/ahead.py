@@ -30,7 +30,6 @@ from .teachers import (
     Ensemble,
     FrozenTeacher,
     ModelTeacher,
-    ServedTeacher,
     Teacher,
     TeacherSignal,
 )
@@ -221,7 +220,7 @@ def steady(trainer: DistillationTrainer) -> bool:
 
 def works_elsewhere(teacher: Teacher) -> bool:
     """Whether a teacher's answers are made by other processes."""
-    return isinstance(teacher, ServedTeacher) or bool(getattr(teacher, "works_elsewhere", False))
+    return bool(getattr(teacher, "works_elsewhere", False))
 
 
 def _obstacle(teacher: Teacher, student: nn.Module, features: bool) -> str | None:

@@ -16,7 +16,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_kd import recipes
-from hf_kd.options import DistillationOptions, GenerateOptions, RunOptions, TeachOptions, nearest
+from hf_kd.options import (
+    DistillationOptions,
+    GenerateOptions,
+    RunOptions,
+    ShrinkOptions,
+    TeachOptions,
+    nearest,
+)
 
 OVERVIEW = """\
 hf-kd: distil a Transformers model into a small one, and see what it gained
@@ -33,7 +40,7 @@ hf-kd: distil a Transformers model into a small one, and see what it gained
   hf-kd generate --teacher DIR_OR_ID --output_dir DIR --dataset PROMPTS
                                        text that a teacher samples, with what it thought of each token
   hf-kd teach --teacher DIR_OR_ID --address HOST:PORT
-                                       a model that answers students in other processes (docs/scaling.md)
+                                       a model that answers students in other processes (docs/teach.md)
   hf-kd report DIR [DIR ...]           what runs found, as a table, an HTML page and Markdown with charts
   hf-kd export DIR --onnx [--int8]     the student of a run for ONNX Runtime, checked and measured
   hf-kd publish DIR REPOSITORY         put the student of a run on the Hub, with its card and report
@@ -157,9 +164,7 @@ def list_recipes(argv: list[str]) -> int:
 
 def generate(argv: list[str]) -> int:
     """Sample text from a teacher, with its signal."""
-    if "--help" in argv or "-h" in argv or not argv:
-        lines = ["usage: hf-kd generate [--config FILE] [--OPTION VALUE ...]     (flags beat the file)", ""]
-        sys.stdout.write("\n".join([*lines, *_option_lines(GenerateOptions)]) + "\n")
+    if _helped_alone("generate", GenerateOptions, argv):
         return 0
     _quiet()
     from hf_kd.config import parse_one
@@ -173,9 +178,7 @@ def generate(argv: list[str]) -> int:
 
 def teach(argv: list[str]) -> int:
     """Let a model answer students in other processes."""
-    if "--help" in argv or "-h" in argv or not argv:
-        lines = ["usage: hf-kd teach [--config FILE] [--OPTION VALUE ...]     (flags beat the file)", ""]
-        sys.stdout.write("\n".join([*lines, *_option_lines(TeachOptions, special=())]) + "\n")
+    if _helped_alone("teach", TeachOptions, argv):
         return 0
     _quiet()
     from hf_kd.config import parse_one
@@ -186,11 +189,7 @@ def teach(argv: list[str]) -> int:
 
 def shrink(argv: list[str]) -> int:
     """Cut a student from a teacher, save it with its tokenizer, and print what it starts from."""
-    from hf_kd.options import ShrinkOptions
-
-    if "--help" in argv or "-h" in argv or not argv:
-        lines = ["usage: hf-kd shrink [--config FILE] [--OPTION VALUE ...]     (flags beat the file)", ""]
-        sys.stdout.write("\n".join([*lines, *_option_lines(ShrinkOptions, special=())]) + "\n")
+    if _helped_alone("shrink", ShrinkOptions, argv):
         return 0
     _quiet()
     from hf_kd.config import parse_one
@@ -391,6 +390,15 @@ def _helped(command: str, argv: list[str]) -> bool:
         sys.stdout.write(help_text(command))
         return True
     return False
+
+
+def _helped_alone(command: str, options: type, argv: list[str]) -> bool:
+    """The same for a command with options of its own, all of which are described."""
+    if argv and not {"--help", "-h"} & set(argv):
+        return False
+    usage = f"usage: hf-kd {command} [--config FILE] [--OPTION VALUE ...]     (flags beat the file)"
+    sys.stdout.write("\n".join([usage, "", *_option_lines(options, special=())]) + "\n")
+    return True
 
 
 def _quiet() -> None:

@@ -14,7 +14,8 @@ import numpy as np
 if TYPE_CHECKING:
     from hf_kd.evaluating import Evaluation
 
-_Z = 1.959964  # of a two-sided 95 % interval
+#: Standard errors from the middle of a two-sided 95 % interval to its ends.
+Z_95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def of_samples(value: float, one: np.ndarray, other: np.ndarray) -> tuple[float,
     Normal, with the bootstrap's standard error (Efron and Tibshirani 1993, eq. 12.14): the ends of the
     bootstrap's own distribution need thousands of samples.
     """
-    half = _Z * float(np.std(one - other, ddof=1))
+    half = Z_95 * float(np.std(one - other, ddof=1))
     return value - half, value + half
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from hf_kd.paired import Z_95
+
 #: Values of a column that are shown; the rarer ones are counted together.
 MOST_VALUES = 12
 _QUARTERS = 4
-_Z = 1.959964  # of a two-sided 95 % interval
 _OTHERS = "(others)"
 
 
@@ -102,13 +103,13 @@ def interval(values: np.ndarray, *, proportion: bool) -> Interval:
         return Interval(None, None, None)
     mean = float(values.mean())
     if proportion:
-        centre = (mean + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-        half = _Z / (1 + _Z**2 / n) * math.sqrt(mean * (1 - mean) / n + _Z**2 / (4 * n * n))
+        centre = (mean + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
+        half = Z_95 / (1 + Z_95**2 / n) * math.sqrt(mean * (1 - mean) / n + Z_95**2 / (4 * n * n))
         # Rounding must not leave the mean outside.
         return Interval(mean, min(mean, max(0.0, centre - half)), max(mean, min(1.0, centre + half)))
     if n == 1:
         return Interval(mean, None, None)
-    half = _Z * float(values.std(ddof=1)) / math.sqrt(n)
+    half = Z_95 * float(values.std(ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half)
 
 

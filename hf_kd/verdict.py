@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hf_kd.paired import Z_95
+
 if TYPE_CHECKING:
     from hf_kd.results import Results
-
-# Standard errors that a difference must have to be told from none, where nothing better is known.
-_Z = 1.959964
 
 
 def verdict(results: Results) -> str:
@@ -59,7 +58,7 @@ def _clear(results: Results, lead: float) -> tuple[bool | None, str]:
     error = results.standard_error_of_difference("student", "control")
     if not error:
         return None, "the error of that metric is not known"
-    return abs(lead) > _Z * error, f"{abs(lead) / error:.1f} standard errors apart"
+    return abs(lead) > Z_95 * error, f"{abs(lead) / error:.1f} standard errors apart"
 
 
 def percent(share: float) -> str:

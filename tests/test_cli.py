@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hf_kd import cli, recipes
+from hf_kd.options import GenerateOptions, ShrinkOptions, TeachOptions
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -64,6 +66,16 @@ def test_help_names_only_options_that_exist():
     from transformers import TrainingArguments
 
     assert set(cli.TRAINING) <= {field.name for field in fields(TrainingArguments)}
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("generate", GenerateOptions), ("teach", TeachOptions), ("shrink", ShrinkOptions)],
+)
+def test_a_command_describes_every_option_of_its_own(capsys, command, options):
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  --{spec.name} " in text for spec in dataclasses.fields(options))
 
 
 def test_help_all_has_trainers_options(capsys):

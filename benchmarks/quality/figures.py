@@ -7,6 +7,7 @@ Writes `benchmarks/results/quality_*.png` and renews the tables in `docs/quality
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,18 @@ def gap_closed(data: dict[str, Any], arm: str, key: str, where: dict[str, Any]) 
     return f"{100 * (mean - control) / (data['teacher']['test'][key] - control):.0f}"
 
 
+def header(what: str, arms: Sequence[str]) -> list[str]:
+    """Of a table with score and KL of each arm."""
+    return [
+        f"| {what} | " + " | ".join(f"{arm}: score | KL" for arm in arms) + " |",
+        "|---|" + "--:|--:|" * len(arms),
+    ]
+
+
 def gaps() -> list[str]:
     """The gap closed by task, in the score and in KL."""
     arms = ["by hand", "TextBrewer", DEFAULT.name, "chosen on dev"]
-    lines = ["| gap closed, % | " + " | ".join(f"{arm}: score | KL" for arm in arms) + " |"]
-    lines.append("|---|" + "--:|--:|" * len(arms))
+    lines = header("gap closed, %", arms)
     for task, (name, where, key) in GAPS.items():
         data = load(name)
         if data is None or not runs_of(data, arm="control", **where):
@@ -145,8 +153,7 @@ def against(
 
 def mixes() -> list[str]:
     """Each mix against the hand-written loss, in the score and in KL."""
-    lines = ["| against by hand | " + " | ".join(f"{arm}: score | KL" for arm in MIXES) + " |"]
-    lines.append("|---|" + "--:|--:|" * len(MIXES))
+    lines = header("against by hand", MIXES)
     for task, (name, where, key) in GAPS.items():
         data = load(name)
         if data is None or not runs(data, arm="by hand", **where):

@@ -55,6 +55,11 @@ def mapping_problems(options: object, names: tuple[str, ...]) -> list[str]:
     return found
 
 
+def unset(options: object, needed: Mapping[str, str]) -> list[str]:
+    """Every problem of options that have to be given; `needed` says what, by name."""
+    return [f"{name} is not set: {what}" for name, what in needed.items() if not getattr(options, name)]
+
+
 def unknown_names(options: object, known: Mapping[str, tuple[str | None, ...]]) -> list[str]:
     """Every problem of options that are one of a few names (None among them: it may be left out)."""
     found = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .fields import DTYPE_NAMES, option, raise_problems
+from .fields import DTYPE_NAMES, option, raise_problems, unknown_names, unset
 
 
 @dataclass(kw_only=True)
@@ -39,11 +39,7 @@ class GenerateOptions:
 
     def validate(self) -> None:
         """Raise one `ValueError` that lists every problem of these options."""
-        found = [
-            f"{name} is not set: {what}"
-            for name, what in (("teacher", "give a directory or Hub id"), ("output_dir", "give a folder"))
-            if not getattr(self, name)
-        ]
+        found = unset(self, {"teacher": "give a directory or Hub id", "output_dir": "give a folder"})
         positive = "max_prompt_length num_rows samples_per_prompt max_new_tokens top_k batch_size shard_rows"
         for name in positive.split():
             value = getattr(self, name)
@@ -74,7 +70,4 @@ class GenerateOptions:
             found.append("num_rows is not set: without a dataset of prompts, say how many rows to sample")
         if self.dataset is None and self.task == "seq2seq-lm":
             found.append("dataset is not set: a sequence-to-sequence model answers prompts")
-        if self.teacher_dtype not in (*DTYPE_NAMES, None):
-            known = ", ".join(DTYPE_NAMES)
-            found.append(f"teacher_dtype={self.teacher_dtype!r} is not known: use one of {known}")
-        return found
+        return found + unknown_names(self, {"teacher_dtype": (*DTYPE_NAMES, None)})

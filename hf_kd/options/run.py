@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .fields import mapping_problems, option
+from .fields import mapping_problems, option, unknown_names
 from .student import StudentOptions
 
 _POSITIVE = (
@@ -115,8 +115,6 @@ class RunOptions(StudentOptions):
                 f"streaming=True and teacher_epochs={self.teacher_epochs}: a stream has no epochs, and the "
                 "teacher takes max_steps: leave teacher_epochs out"
             )
-        if self.problem_type not in (None, *_PROBLEM_TYPES):
-            known = ", ".join(_PROBLEM_TYPES)
-            found.append(f"problem_type={self.problem_type!r} is not known: use one of {known}")
+        found += unknown_names(self, {"problem_type": (*_PROBLEM_TYPES, None)})
         found += mapping_problems(self, ("student_config", "teacher_config"))
         return found

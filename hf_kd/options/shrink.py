@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from .fields import DTYPE_NAMES, option, raise_problems
+from .fields import DTYPE_NAMES, option, raise_problems, unknown_names, unset
 from .run import RunOptions
 from .student import TRAINING_ROWS, StudentOptions
 
@@ -33,9 +33,7 @@ class ShrinkOptions(StudentOptions):
     def validate(self) -> None:
         """Raise one `ValueError` that lists every problem of these options."""
         found = self.student_problems()
-        for name, what in (("teacher", "a directory or Hub id"), ("output_dir", "a folder")):
-            if not getattr(self, name):
-                found.append(f"{name} is not set: give {what}")
+        found += unset(self, {"teacher": "give a directory or Hub id", "output_dir": "give a folder"})
         if not self.cuts:
             found.append(
                 "nothing is cut: set student_layers=0.5, student_max_parameters=0.25 or another size"
@@ -44,9 +42,7 @@ class ShrinkOptions(StudentOptions):
             found.append(f"batch_size={self.batch_size} is below 1: set e.g. 16")
         if self.max_length is not None and self.max_length < 1:
             found.append(f"max_length={self.max_length} is not positive: set it above 0 or leave it out")
-        if self.teacher_dtype not in (*DTYPE_NAMES, None):
-            known = ", ".join(DTYPE_NAMES)
-            found.append(f"teacher_dtype={self.teacher_dtype!r} is not known: use one of {known}")
+        found += unknown_names(self, {"teacher_dtype": (*DTYPE_NAMES, None)})
         if not self.dataset:
             found += self._missing_data()
         raise_problems(found)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .fields import option
+from .fields import option, unknown_names
 
 #: Options that are sizes, by the argument of `init_student` that each becomes.
 SIZES = {
@@ -102,10 +102,9 @@ class StudentOptions:
             )
         if choice is None:
             found.append("student_layer_choice is empty: leave it out for 'even'")
-        if self.student_importance not in IMPORTANCE_NAMES:
-            known = ", ".join(IMPORTANCE_NAMES)
-            found.append(f"student_importance={self.student_importance!r} is not known: use one of {known}")
-        elif self.student_importance != "influence" and choice != "importance":
+        unknown = unknown_names(self, {"student_importance": IMPORTANCE_NAMES})
+        found += unknown
+        if not unknown and self.student_importance != "influence" and choice != "importance":
             found.append(
                 f"student_importance={self.student_importance!r} has no effect with "
                 f"student_layer_choice={choice!r}: set student_layer_choice='importance'"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .fields import DTYPE_NAMES, option, raise_problems, unknown_names
+from .fields import DTYPE_NAMES, option, raise_problems, unknown_names, unset
 from .teacher import QUANTIZATION_NAMES
 
 FIDELITY_NAMES = ("auto", "logits", "hidden", "sparse")
@@ -33,11 +33,7 @@ class TeachOptions:
 
     def validate(self) -> None:
         """Raise one `ValueError` that lists every problem of these options."""
-        found = [
-            f"{name} is not set: {what}"
-            for name, what in (("teacher", "give a directory or Hub id"), ("address", "give host:port"))
-            if not getattr(self, name)
-        ]
+        found = unset(self, {"teacher": "give a directory or Hub id", "address": "give host:port"})
         found += unknown_names(
             self,
             {

@@ -39,9 +39,9 @@ logger = logging.getLogger(__name__)
 
 #: Of the messages; both sides must have the same.
 PROTOCOL = 1
-# Keys of the store.
 # Seconds for the last word.
 _FAREWELL = 5.0
+# Keys of the store.
 HELLO, JOINED, LEFT = "hello", "joined", "left"
 
 

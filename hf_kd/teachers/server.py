@@ -60,6 +60,8 @@ class ServedTeacher:
             lengths, or with numbers that are no log-probabilities. It is a `ValueError`.
     """
 
+    works_elsewhere = True
+
     def __init__(
         self,
         url: str,

@@ -163,6 +163,17 @@ class TeacherSignal:
             return "logits"
         return "hidden" if self.hidden is not None else "sparse"
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that it holds."""
+        found: list[Any] = list((self.logits or {}).values())
+        if self.hidden is not None:
+            found += [self.hidden.hidden, self.hidden.head.weight, self.hidden.head.bias]
+        if self.sparse is not None:
+            sparse = self.sparse
+            found += [sparse.ids, sparse.log_probs, sparse.log_tail, sparse.certain, sparse.log_tau]
+        return [value for value in found if isinstance(value, Tensor)]
+
     def dense(self) -> Mapping[str, Tensor]:
         """The logits.
 

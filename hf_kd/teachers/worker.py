@@ -72,7 +72,7 @@ class SideStream:
         """Let the main stream wait for what was launched, and keep its memory until it was read."""
         main = torch.cuda.current_stream(self._device)
         main.wait_stream(self._stream)
-        for tensor in tensors_of(signal):
+        for tensor in signal.tensors:
             tensor.record_stream(main)
 
     def lend(self, batch: Mapping[str, Any]) -> None:
@@ -88,14 +88,3 @@ def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
         future.set_result(call())
     except BaseException as error:
         future.set_exception(error)
-
-
-def tensors_of(signal: TeacherSignal) -> list[Tensor]:
-    """Every tensor of a signal."""
-    found: list[Any] = list((signal.logits or {}).values())
-    if signal.hidden is not None:
-        found += [signal.hidden.hidden, signal.hidden.head.weight, signal.hidden.head.bias]
-    if signal.sparse is not None:
-        sparse = signal.sparse
-        found += [sparse.ids, sparse.log_probs, sparse.log_tail, sparse.certain, sparse.log_tau]
-    return [tensor for tensor in found if isinstance(tensor, Tensor)]
