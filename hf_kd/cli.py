@@ -1,4 +1,4 @@
-"""The command line: distill, check and recipes.
+"""The command line: see `COMMANDS`.
 
 Help answers without importing torch; a command imports what it runs.
 """

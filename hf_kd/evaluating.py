@@ -158,9 +158,11 @@ def _errors(found: Evaluation, samples: Samples) -> dict[str, float]:
     made = {name: float(np.std(values, ddof=1)) for name, values in samples.items()}
     if found.rows is not None and "loss" in made:
         task, count = (found.rows[:, STATISTICS.index(name)] for name in ("task", "task_count"))
-        made["loss"] = errors.of_mean(task, count) or 0.0
-        if "perplexity" in made:
-            made["perplexity"] = made["loss"] * found.scores["eval_perplexity"]
+        loss = errors.of_mean(task, count)
+        if loss is not None:
+            made["loss"] = loss
+            if "perplexity" in made:
+                made["perplexity"] = loss * found.scores["eval_perplexity"]
     if found.right is not None and "eval_accuracy" in found.scores:
         made.pop("accuracy", None)  # follows from its value
     return made
