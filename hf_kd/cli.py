@@ -403,6 +403,7 @@ def _helped_alone(command: str, options: type, argv: list[str]) -> bool:
 
 def _quiet() -> None:
     """Leave out what says nothing about the run."""
+    os.environ.setdefault("TQDM_DELAY", "1")  # no bars of what is done in a second
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     from transformers.utils.logging import disable_progress_bar
 

@@ -24,6 +24,7 @@ from hf_kd.findings import Problem
 from hf_kd.live_report import numbers_of
 from hf_kd.options import DistillationOptions, RunOptions
 from hf_kd.pages import write_html
+from hf_kd.progress import follow
 from hf_kd.provenance import Meter
 from hf_kd.publish import publish
 from hf_kd.results import Results
@@ -80,6 +81,7 @@ def _distill(run: RunOptions, args: DistillationArguments) -> Results | None:
     again = setting.run, args
     setting = rested(setting, trainer, partial(load_named_teacher, *again), partial(other_teachers, *again))
     console.rule("student", align="left")
+    follow(trainer)
     trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint, args.folder))
     trainer.save_model(args.output_dir)
     models = {"student": trainer.accelerator.unwrap_model(trainer.model)}
@@ -237,6 +239,7 @@ def train_control(
     own = dataclasses.replace(args, **changes)
     trainer = alone(initial, own, setting.data, setting.processor, setting.run)
     wish = args.resume_from_checkpoint
+    follow(trainer)
     trainer.train(resume_from_checkpoint=_checkpoint("true", folder) if wish else None)
     trainer.save_model(str(folder))
     return trainer.accelerator.unwrap_model(trainer.model)

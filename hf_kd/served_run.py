@@ -22,6 +22,7 @@ from hf_kd.data.sources import load_raw
 from hf_kd.findings import Problem
 from hf_kd.loading import check_path, load_model, task_of_checkpoint
 from hf_kd.options import RunOptions, raise_problems
+from hf_kd.progress import follow
 from hf_kd.records import write_text
 from hf_kd.setting import Setting, wiring
 from hf_kd.teachers import Teacher
@@ -113,6 +114,7 @@ def distill(
     initial = copy.deepcopy(setting.student)
     trainer = distiller(setting)
     console.rule("student", align="left")
+    follow(trainer)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(args.output_dir)
     rows = setting.data.eval if setting.data.test is None else setting.data.test

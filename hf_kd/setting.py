@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from hf_kd import cutting
 from hf_kd.config import DistillationArguments
 from hf_kd.data.labels import describe_labels
-from hf_kd.data.prepare import Prepared, prepare
+from hf_kd.data.prepare import PREPARE, Prepared, prepare
 from hf_kd.data.processors import load_processor
 from hf_kd.data.sources import load_raw
 from hf_kd.fresh import build_model, fresh_student
@@ -26,9 +26,9 @@ from hf_kd.loading import check_path, load_model, task_of_checkpoint
 from hf_kd.metrics import BUILT_IN
 from hf_kd.options import RunOptions, as_mapping, nearest, raise_problems, without_features
 from hf_kd.options.student import NAMES as STUDENT_OPTIONS
+from hf_kd.progress import follow
 from hf_kd.records import write_text
 from hf_kd.students.memory import VOCABULARY
-from hf_kd.tasks import TASKS
 from hf_kd.teachers.quantise import loading_options
 from hf_kd.trainer import DistillationTrainer
 from hf_kd.trust import code_metrics
@@ -184,8 +184,11 @@ def _load_named(run: RunOptions, args: DistillationArguments) -> tuple[DatasetDi
         )
     elif task is None:
         problems.append("task is not set, and teacher_config does not say it: set e.g. task='causal-lm'")
-    elif task not in TASKS:
-        problems.append(f"task={task!r} is not known: use one of {', '.join(sorted(TASKS))}")
+    elif task not in PREPARE:
+        problems.append(
+            f"task={task!r} is none of the command line's: use one of {', '.join(PREPARE)}, or "
+            "DistillationTrainer in Python"
+        )
     raw = attempt(lambda: load_raw(run))
     raise_problems(problems)
     return raw, replace(run, task=task)
@@ -274,6 +277,7 @@ def with_trained_teacher(setting: Setting) -> Setting:
     changed = ", ".join(name for name in wanted if found and found.get(name) != wanted[name])
     setting.console.rule(f"teacher (again, since {changed} changed)" if changed else "teacher", align="left")
     trainer = alone(setting.teacher, own, setting.teacher_data, setting.teacher_processor, run)
+    follow(trainer)
     trainer.train()
     trainer.save_model(str(own.folder))
     if args.should_save:

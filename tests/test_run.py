@@ -129,7 +129,7 @@ def test_a_token_is_in_nothing_that_a_run_leaves_or_says(finished):
     names = {path.name for path in files}
     assert {"results.json", "report.html", "README.md", "distillation.yaml", "said.txt"} <= names
     said = (out / "said.txt").read_text()
-    assert "accuracy" in said and "slices='nothing' is no column" in said
+    assert "step 3 of 3  loss" in said and "accuracy" in said and "slices='nothing' is no column" in said
     assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
 
 
