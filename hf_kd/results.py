@@ -287,7 +287,9 @@ class Results:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"no results at {path}: give the results.json of a distillation run")
+            runs = [str(file.parent) for file in sorted(path.parent.glob(f"*/{path.name}"))]
+            give = f"there are some in {', '.join(runs[:8])}" if runs else "give the folder of a finished run"
+            raise FileNotFoundError(f"no results at {path}: {give}")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:

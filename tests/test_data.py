@@ -132,6 +132,8 @@ def test_split_is_held_out_and_always_the_same(tmp_path):
     [
         ({}, {"dataset": "nothing.csv"}, "dataset='.*nothing.csv' does not exist"),
         ({"dtaa.csv": "a,b\n"}, {"dataset": "data.csv"}, "did you mean 'dtaa.csv'"),
+        ({"rows.csv": "a,b\n"}, {"dataset": "novel.csv"}, "novel.csv' does not exist .looked for [^,]*$"),
+        ({"empty.txt": ""}, {"dataset": "empty.txt"}, "dataset='.*empty.txt' is empty"),
         ({}, {"dataset": "folder/data.csv"}, "the folder '.*folder' does not exist either"),
         ({"data.xml": "<a/>"}, {"dataset": "data.xml"}, "ends in '.xml': use one of .csv"),
         ({"data.csv": "text,label\n"}, {"dataset": "data.csv"}, "has a split with no rows"),

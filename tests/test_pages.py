@@ -129,3 +129,6 @@ def test_the_command_prints_the_table_and_writes_both(full, tmp_path, capsys):
     assert len(images) == 12 and all((tmp_path / name).stat().st_size > 1000 for name in images)
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
     assert "no results at" in capsys.readouterr().err
+    full.write(tmp_path / "above" / "a run" / "results.json")
+    assert cli.main(["report", str(tmp_path / "above")]) == 2
+    assert f"there are some in {tmp_path / 'above' / 'a run'}" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling
 
+from hf_kd.alignment import first_difference
 from hf_kd.data.mapping import Context, cached_map, row_length
 from hf_kd.options import RunOptions
 
@@ -181,7 +182,11 @@ def _mask(
 
 def _refuse_other_tokens(context: Context) -> None:
     if context.teacher_processor is not None:
+        options = context.options
+        difference = first_difference(context.processor, context.teacher_processor)
         raise ValueError(
-            f"processor: student and teacher have different tokenizers, and {context.task} compares them "
-            "token by token: build the student on the teacher's tokenizer"
+            f"student={options.student!r} and teacher={options.teacher!r} have different tokenizers "
+            f"({difference or 'they split text elsewhere'}), and {context.task} compares token by token: set "
+            "student_layers or student_config, which make the student from the teacher, or train it on text "
+            "that the teacher writes (hf-kd generate; alpha=0)"
         )

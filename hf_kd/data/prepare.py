@@ -23,7 +23,7 @@ from hf_kd.metrics import LOWER_IS_BETTER, Compute, default_metrics, keep_top_cl
 from hf_kd.options import RunOptions
 from hf_kd.teachers.ensemble import TEACHER_ID
 
-_PREPARE: dict[str, Callable[..., Any]] = {
+PREPARE: dict[str, Callable[..., Any]] = {
     "sequence-classification": sequence_rows,
     "token-classification": token_rows,
     "image-classification": image_rows,
@@ -103,12 +103,11 @@ def prepare(
     Raises:
         ValueError: If columns, labels or processors do not fit; names what there is and the option to set.
     """
-    if task not in _PREPARE:
+    if task not in PREPARE:
         raise ValueError(
-            f"task={task!r} has no data preparation for the command line. If that is no more than what the "
-            f"teacher's checkpoint says of itself, set task to one of {', '.join(_PREPARE)} (with "
-            "train_teacher=true if it has no such head yet); else use DistillationTrainer in Python, with "
-            "rows of your own"
+            f"task={task!r} has no data preparation for the command line. If teacher={options.teacher!r} is "
+            f"yet to learn its task, set train_teacher=true and task to one of {', '.join(PREPARE)}; else "
+            "use DistillationTrainer in Python, with rows of your own"
         )
     options = replace(options, task=task)
     processor, teacher_processor = _own_processors(processor, teacher_processor)
@@ -187,12 +186,12 @@ def _prepare_split(rows: Dataset, name: str, context: Context) -> Any:
     if context.task in _RUNNING_TEXT:
         masked = {"masked": name != "train"} if context.task == "masked-lm" else {}
         part = _enough_text(rows, limit, context)
-        made = _PREPARE[context.task](part, context, **masked)
+        made = PREPARE[context.task](part, context, **masked)
         if limit is not None and len(made) < limit and len(part) < len(rows):
-            made = _PREPARE[context.task](rows, context, **masked)
+            made = PREPARE[context.task](rows, context, **masked)
         return made if limit is None or limit >= len(made) else made.select(range(limit))
     part = _some_rows(rows, limit)
-    made = _PREPARE[context.task](part, context)
+    made = PREPARE[context.task](part, context)
     # Which teacher answers for a row, where a row stays one row.
     if TEACHER_ID in part.column_names and len(made) == len(part) and isinstance(made, Dataset):
         made = made.add_column(TEACHER_ID, part[TEACHER_ID][:])
@@ -201,7 +200,7 @@ def _prepare_split(rows: Dataset, name: str, context: Context) -> Any:
 
 def _prepare_stream(stream: Any, context: Context) -> Any:
     masked = {"masked": False} if context.task == "masked-lm" else {}
-    made, limit = _PREPARE[context.task](stream, context, **masked), context.options.max_train_samples
+    made, limit = PREPARE[context.task](stream, context, **masked), context.options.max_train_samples
     return made if limit is None else made.take(limit)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import logging
 import re
 from collections.abc import Iterable
@@ -116,15 +117,20 @@ def _file(name: str | Path, split: str) -> Path:
     option = {"train": "dataset", "validation": "eval_file", "test": "test_file"}[split]
     if not path.is_file():
         _refuse_missing(path, option)
+    if path.stat().st_size == 0:
+        raise ValueError(f"{option}={str(name)!r} is empty: give rows")
     if path.suffix.lower() not in _READERS:
         raise ValueError(f"{option}={str(name)!r} ends in {path.suffix!r}: use one of {', '.join(_READERS)}")
     return path
 
 
 def _refuse_missing(path: Path, option: str) -> None:
-    folder = path.parent
-    inside = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    hint = nearest(path.name, inside) if inside else f"; the folder {str(folder)!r} does not exist either"
+    if not path.parent.is_dir():
+        hint = f"; the folder {str(path.parent)!r} does not exist either"
+    else:  # by the stem: all of a kind are alike in their ending
+        inside = {p.stem: p.name for p in path.parent.iterdir()}
+        near = difflib.get_close_matches(path.stem, inside, n=1)
+        hint = f", did you mean {inside[near[0]]!r}?" if near else f" (looked for {path.resolve()})"
     raise ValueError(f"{option}={str(path)!r} does not exist{hint}")
 
 
