@@ -25,6 +25,7 @@ NAMES: dict[str, str] = {
     "S": "my-other-bert",
     "D": "reviews.csv",
     "text.txt": "novel.txt",
+    "train.csv": "reviews.csv",
 }
 #: The same, on one page.
 NAMES_ON: dict[str, dict[str, str]] = {
@@ -32,14 +33,23 @@ NAMES_ON: dict[str, dict[str, str]] = {
     "generate.md": {"DIR_OR_ID": "my-causal-lm"},
 }
 
-#: Added to commands that are run, so that they take a second.
+#: Added to commands that are run, so that they take a second; and to those that have options of their own.
 SHORT = (
     "--max_steps 2 --max_train_samples 16 --max_eval_samples 8 --per_device_train_batch_size 4 "
     "--logging_steps 1 --report_to none --disable_tqdm true --use_cpu true --control false"
 )
+SHORT_ALONE = {"generate": "--max_new_tokens 4 --batch_size 2 --shard_rows 2", "shrink": "--batch_size 8"}
 
 #: Pages whose `hf-kd` commands are run, one after the other, on tiny models; elsewhere options are parsed.
-RUN = ("README.md", "quickstart.md", "caching.md", "generate.md")
+RUN = (
+    "README.md",
+    "quickstart.md",
+    "caching.md",
+    "generate.md",
+    "teachers.md",
+    "students.md",
+    "features.md",
+)
 
 #: Commands on those pages that are parsed and not run: the beginning, and why.
 NOT_RUN: dict[str, str] = {
@@ -103,6 +113,14 @@ def commands(block: Block) -> Iterator[list[str]]:
             yield [names.get(word, word) for word in words]
 
 
+def shortened(words: list[str]) -> list[str]:
+    """What a command is given besides, to take a second."""
+    if "--help" in words or not {"--config", "--teacher", "--teachers"} & set(words):
+        return []
+    length = " --max_length 16" if "my-causal-lm" in words and words[0] not in SHORT_ALONE else ""
+    return (SHORT_ALONE.get(words[0], SHORT) + length).split()
+
+
 def make_files(folder: Path) -> None:
     """Write the models and data that the pages name, as small as they can be."""
     from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -122,7 +140,9 @@ def make_files(folder: Path) -> None:
     labels = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
     tokens = train_tokenizer(texts, 300, task="sequence-classification")
     for name, layers in (("my-other-bert", 2), ("my-finetuned-bert", 7)):
-        config = BertConfig(vocab_size=len(tokens), num_hidden_layers=layers, **sizes, **labels)
+        config = BertConfig(
+            vocab_size=len(tokens), max_position_embeddings=64, num_hidden_layers=layers, **sizes, **labels
+        )
         model = BertForSequenceClassification(config)
         model.save_pretrained(folder / name)
         tokens.save_pretrained(folder / name)

@@ -27,21 +27,7 @@ and YAML, as JSON on the command line. A function of your own does as well, as a
 `"package.module:function"`; it gets the log-probabilities of both and, if it names them as keywords, labels,
 raw logits and temperatures (`hf_kd/losses/needs.py`).
 
-Start with `forward_kl`, the default. The others are for a reason:
-
-| the case | take |
-|---|---|
-| nothing special; calibrated probabilities; language models | `forward_kl` |
-| a generative student much smaller than the teacher | `reverse_kl`, `skew_reverse_kl`, `jsd` |
-| student and teacher far apart, noisy first steps | `skew_kl`, `jsd` |
-| few classes, and the teacher's small logits carry knowledge | `logit_mse`, or `forward_kl` at a higher T |
-| many classes, a teacher that is nearly always sure | `dkd`, `nkd` |
-| a teacher far stronger than the student, large batches | `dist`, `standardised_kl` |
-| a language model, few epochs | `adaptive_kl` |
-| strong augmentation, a distillation token | `hard_labels` |
-| a teacher with another tokenizer | `uld` |
-| a noisy teacher; a student that drafts for the teacher | `tvd` |
-| two numbers may be tuned on held-out data | `alpha_beta` |
+Which one when: [Choosing a loss](choose-loss.md).
 
 With two classes some lose their meaning: `dkd` at `alpha = 1` is `forward_kl`, and the correlation over
 classes in `dist` is 1 or -1, so that only its second term teaches.

@@ -23,7 +23,7 @@ from hf_kd.config import parse, parse_one
 from hf_kd.options import GenerateOptions, ShrinkOptions, TeachOptions
 
 from . import documents
-from .documents import NOT_RUN, OTHERS, ROOT, RUN, SHORT, Block, blocks, commands
+from .documents import NOT_RUN, OTHERS, ROOT, RUN, Block, blocks, commands
 
 # Of the commands that are no run.
 SWITCHES = ("--private", "--out", "--onnx", "--int8")
@@ -134,13 +134,7 @@ def test_commands(block: Block, files: Path, monkeypatch, capsys) -> None:
             assert (ROOT / config).is_file()
         check_options(ours[0], ours[1:])
         if is_run(block.page, words):
-            short = SHORT.split() if {"--config", "--teacher", "--teachers"} & set(ours) else []
-            if ours[0] == "generate":
-                short = "--max_new_tokens 4 --batch_size 2 --shard_rows 2".split()
-            elif "my-causal-lm" in ours:
-                short += ["--max_length", "16"]
-            short = [] if "--help" in ours else short
-            assert cli.main([*ours, *short]) == 0, capsys.readouterr().err
+            assert cli.main([*ours, *documents.shortened(ours)]) == 0, capsys.readouterr().err
 
 
 def check_other(words: list[str]) -> None:
