@@ -99,6 +99,16 @@ def test_folder_with_files_of_several_kinds(tmp_path):
     assert rows_of(raw)[0]["text"] == "a" and rows_of(raw, "eval")[0]["text"] == "b"
 
 
+def test_folder_of_texts_keeps_line_breaks(tmp_path):
+    """In the order of their names; the end is held out."""
+    write(tmp_path / "b.txt", "third\nfourth\n")
+    write(tmp_path / "a.txt", "first\n\nsecond\n")
+    raw = load(tmp_path)
+    assert "".join(raw["train"]["text"]) == "first\n\nsecond\nthird\n" and list(raw["eval"]["text"]) == [
+        "fourth\n"
+    ]
+
+
 def test_folder_of_images(tmp_path):
     for split in ("train", "validation"):
         for i, name in enumerate(("healthy", "rust")):

@@ -44,7 +44,7 @@ def load_raw(options: RunOptions) -> DatasetDict:
 
     A Hub id (`owner/name`, optionally `owner/name@revision`), `builtin:digits` or `builtin:stdlib`, a file
     (csv, tsv, json, jsonl, parquet, txt), a folder with files called train, dev or validation, and test, a
-    folder of images with a folder per class, or one that `save_to_disk` wrote.
+    folder of texts (txt), of images with a folder per class, or one that `save_to_disk` wrote.
 
     Without an evaluation split a tenth of train, at most 5,000 rows, is held out: the same ones in every run.
     With `streaming`, see `streamed`.
@@ -135,7 +135,7 @@ def _refuse_missing(path: Path, option: str) -> None:
 
 
 def _load_folder(path: Path, options: RunOptions) -> dict[str, Dataset]:
-    """A folder that `save_to_disk` wrote, one with a file per split, or one whose form `datasets` knows."""
+    """A folder that `save_to_disk` wrote, with a file per split, of texts, or of a form `datasets` knows."""
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _by_split(load_from_disk(str(path)))
     found: dict[str, list[Path]] = {}
@@ -143,8 +143,9 @@ def _load_folder(path: Path, options: RunOptions) -> dict[str, Dataset]:
         split = _split_of(file)
         if split and file.suffix.lower() in _READERS:
             found.setdefault(split, []).append(file)
-    if found:
-        return _load_files(found, options)
+    texts = sorted(path.glob("*.txt"))
+    if found or texts:  # which datasets would read without their line breaks
+        return _load_files(found or {"train": texts}, options)
     try:
         return _by_split(load_dataset(str(path), options.dataset_config, **_lazily(options)))
     except Exception as error:  # whatever a reader of datasets raises on a folder that is not for it
@@ -274,7 +275,8 @@ def _hold_out(train: Dataset, options: RunOptions) -> tuple[Dataset, Dataset]:
     """Take the evaluation rows from train: at random, or the last ones where rows are lines of a text."""
     if len(train) < 2:
         raise ValueError(
-            f"dataset={options.dataset!r} has only {len(train)} row: give more, or set eval_split"
+            f"dataset={options.dataset!r} has only {len(train)} row: give more, or set eval_split or "
+            "eval_file"
         )
     rows = min(max(int(len(train) * _HELD_OUT), 1), _HELD_OUT_ROWS)
     logger.warning("no evaluation split: %d of %d rows of train are held out for it", rows, len(train))
