@@ -29,9 +29,12 @@ from hf_kd import DistillationArguments, DistillationTrainer, cli, init_student
 from hf_kd.data.processors import train_tokenizer
 from hf_kd.teachers import resolve_teacher
 
+from .cache_messages import with_a_cache, with_a_damaged_cache
 from .documents import make_files
+from .teacher_messages import with_a_group, with_a_server, with_several
 
 PAGE = Path(__file__).with_name("messages.txt")
+STUDENT = "--student my-causal-lm --dataset novel.txt"
 RUN = "--teacher my-finetuned-bert --student_layers 2 --dataset reviews.csv"
 
 #: Mistakes on the command line: what was typed after `hf-kd`.
@@ -137,7 +140,15 @@ COMMANDS = [
     f"cache {RUN} --cache_dir said --temperature auto",
     "cache info nowhere",
     "cache verify nowhere",
+    f"cache {RUN} --cache_dir new --streaming --max_steps 4",
+    f"cache --teacher torch://10.0.0.7:29600 {STUDENT} --cache_dir new",
     "publish nowhere me/student",
+    # teachers elsewhere
+    "teach --teacher my-causal-lm --address here --students 0 --fidelity all",
+    "teach --teacher my-causal-lm --address here",
+    "distill --teacher http://10.0.0.7/v1 --student_layers 2 --dataset novel.txt --push_to_hub",
+    f"distill --teacher http://10.0.0.7/v1 --server_model m {STUDENT} --temperature 2",
+    f"check --teacher torch://127.0.0.1:9 {STUDENT} --server_retries 0 --server_timeout 0.3",
 ]
 
 # What stands on the terminal before the message.
@@ -184,19 +195,22 @@ def bert(**config: Any) -> BertForSequenceClassification:
     return BertForSequenceClassification(BertConfig(intermediate_size=16, **sizes, **config))
 
 
-def in_python(folder: Path) -> dict[str, Callable[[], Any]]:
-    """Mistakes in a script, by what was done."""
-    made = models(folder)
-    rows = made["train_dataset"]
-    names = {"id2label": {0: "good", 1: "bad"}, "label2id": {"good": 0, "bad": 1}}
+def language(folder: Path) -> dict[str, Any]:
+    """The same for a causal model."""
     llama = AutoModelForCausalLM.from_pretrained(folder / "my-causal-lm")
     text = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 4, "labels": [[5, 6, 7, 8]] * 4})
-    lm = {
+    return {
         "teacher": llama,
         "model": init_student(llama, num_layers=2),
         "train_dataset": text,
         "processing_class": AutoTokenizer.from_pretrained(folder / "my-causal-lm"),
     }
+
+
+def in_python(made: dict[str, Any], lm: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Mistakes in a script, by what was done."""
+    rows, text = made["train_dataset"], lm["train_dataset"]
+    names = {"id2label": {0: "good", 1: "bad"}, "label2id": {"good": 0, "bad": 1}}
     other = train_tokenizer(["another text"], 280, task="causal-lm")
     shifted = rows.map(lambda row: {"labels": row["labels"] + 1})
     masked = text.map(lambda row: {"labels": [-100] * 4})
@@ -267,7 +281,7 @@ def of_command(line: str) -> str:
             status = cli.main(shlex.split(line))
         except Exception as error:
             return f"{type(error).__name__} with a traceback: {error}"
-    said = err.getvalue().strip() or out.getvalue().strip()
+    said = quiet(err.getvalue()) or quiet(out.getvalue())
     return said if status else f"(nothing is wrong) {said}"
 
 
@@ -285,7 +299,16 @@ def collect(folder: Path) -> dict[str, str]:
     for text in YAML:
         (folder / "wrong.yaml").write_text(text + "\n", encoding="utf-8")
         found["in YAML: " + text.replace("\n", " / ")] = of_command("distill --config wrong.yaml")
-    found |= {f"in Python: {name}": of_python(mistake) for name, mistake in in_python(folder).items()}
+    made, lm = models(folder), language(folder)
+    rooms = {
+        "in Python": in_python(made, lm),
+        "with a cache": {**with_a_damaged_cache(folder), **with_a_cache(folder, made)},
+        "with a server": with_a_server(lm),
+        "with a group": with_a_group(made, lm),
+        "with several teachers or ranks": with_several(made),
+    }
+    for room, mistakes in rooms.items():
+        found |= {f"{room}: {name}": of_python(mistake) for name, mistake in mistakes.items()}
     return {name: plain(message, folder) for name, message in found.items()}
 
 
@@ -293,7 +316,14 @@ def plain(message: str, folder: Path) -> str:
     """A message without what differs from machine to machine."""
     message = message.replace(str(folder.resolve()), "HERE").replace(str(folder), "HERE")
     message = re.sub(r"\x1b\[[0-9;]*m", "", message)
-    lines = [line.rstrip() for line in message.splitlines()]
+    message = re.sub(r"(?<=127\.0\.0\.1)([:, ]+)\d{2,5}", r"\1PORT", message)
+    message = re.sub(r"\b(?!0123456789abcdef)[0-9a-f]{16}\b", "FINGERPRINT", message)
+    return quiet(message)
+
+
+def quiet(text: str) -> str:
+    """The lines that say something, without progress."""
+    lines = [line.rstrip() for line in text.splitlines()]
     return "\n".join(line for line in lines if line and not _PROGRESS.search(line))
 
 

@@ -40,7 +40,8 @@ class Served:
 
     Attributes:
         faults: What to do with the next requests, one each, before it behaves again: "stall", "trickle",
-            "drop", "garbage", a status, a status with headers, or a function that edits the honest answer.
+            "drop", "garbage", a status, a status with headers (and an answer), or a function that edits the
+            honest answer.
         requests: `(path, headers, body)` of every request.
         at_once: The largest number of requests in work at a time.
     """
@@ -132,7 +133,8 @@ class Served:
             status = fault
             answer = {"error": f"status {fault}", "headers": dict(handler.headers)}
         elif isinstance(fault, tuple):
-            status, headers = fault
+            status, headers, *other = fault
+            answer = other[0] if other else answer
         elif callable(fault):
             answer = fault(answer) or answer
         text = b"<html>bad gateway</html>" if fault == "garbage" else json.dumps(answer).encode()

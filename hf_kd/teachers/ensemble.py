@@ -120,7 +120,10 @@ class Ensemble:
         self._asked = None if weights is None else self.weights.tolist()
         self.routes = None if routes is None else {int(k): int(v) for k, v in routes.items()}
         if self.routes is not None and not all(0 <= v < count for v in self.routes.values()):
-            raise ValueError(f"teacher_routes={self.routes} names teachers outside 0 to {count - 1}.")
+            raise ValueError(
+                f"teacher_routes={self.routes} names teachers outside 0 to {count - 1}: "
+                "give each id one of these."
+            )
         #: Leading classes that are compared; None: all.
         self.shared: int | None = None
         self._offloaded: Callable[[Member], Any] = _here
@@ -207,7 +210,8 @@ class Ensemble:
         if len(shapes) > 1:
             raise ValueError(
                 f"teachers: their {name} have the shapes {sorted(shapes)} for one batch: they divide the "
-                "input differently (patch size, stride or tokenizer) or have other classes."
+                "input differently (patch size, stride or tokenizer) or have other classes. Use "
+                "teachers that fit."
             )
         stacked = torch.stack(logits)
         if self.task.kind == "regression":
@@ -239,7 +243,8 @@ class Ensemble:
         unknown = sorted(set(ids.tolist()) - set(table))
         if unknown:
             raise ValueError(
-                f"{TEACHER_ID}={unknown[0]} is in the data, but teacher_routes knows {sorted(table)} only."
+                f"{TEACHER_ID}={unknown[0]} is in the data, but teacher_routes knows {sorted(table)} only: "
+                "add it there, or drop its rows."
             )
         out: dict[str, Tensor] = {}
         for number, member in enumerate(self.members):
@@ -258,7 +263,8 @@ class Ensemble:
                 if whole.shape[1:] != values.shape[1:]:
                     raise ValueError(
                         f"teachers: {name} is {tuple(values.shape[1:])} a row from "
-                        f"{name_of(member.teacher)}, {tuple(whole.shape[1:])} from another teacher."
+                        f"{name_of(member.teacher)}, {tuple(whole.shape[1:])} from another teacher. Use "
+                        "teachers that divide the input alike."
                     )
                 whole[rows] = values
         return out

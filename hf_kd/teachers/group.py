@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 PROTOCOL = 1
 # Seconds for the last word.
 _FAREWELL = 5.0
+_SAME = "Give both sides the same version of hf_kd."
 # Keys of the store.
 HELLO, JOINED, LEFT = "hello", "joined", "left"
 
@@ -190,12 +191,12 @@ class GroupTeacher:
         try:
             arrays = as_arrays(tensors, manifest)
         except CacheError as error:
-            raise GroupError(f"teacher={self.address!r}: {error}.") from error
+            raise GroupError(f"teacher={self.address!r}: {error}. {_SAME}") from error
         lengths = {len(array) for array in arrays.values()}
         if lengths != {count}:
             raise GroupError(
                 f"teacher={self.address!r} was asked about {count} positions and answers for "
-                f"{sorted(lengths)}."
+                f"{sorted(lengths)}. {_SAME}"
             )
         self.traffic.positions += count
         return signal_of(arrays, mask, manifest, len(first), head=self._head, device=first.device)
@@ -218,7 +219,10 @@ class GroupTeacher:
                 "step: start it again, and go on with resume_from_checkpoint=True."
             ) from error
         if about.get("kind") != "signal":
-            raise GroupError(f"teacher={self.address!r} could not answer: {about.get('message')}")
+            raise GroupError(
+                f"teacher={self.address!r} could not answer: {about.get('message')}. Its own output says "
+                "more; check that this batch is what its model reads (its vocabulary, its longest row)."
+            )
         self.traffic.asked += link.sent - before[0]
         self.traffic.answered += link.received - before[1] - kept
         return tensors
@@ -228,7 +232,9 @@ class GroupTeacher:
         try:
             self._manifest = Manifest.of(about["manifest"])
         except (KeyError, TypeError, CacheError) as error:
-            raise GroupError(f"teacher={self.address!r} does not say what it answers ({error}).") from error
+            raise GroupError(
+                f"teacher={self.address!r} does not say what it answers ({error}). {_SAME}"
+            ) from error
         if "weight" in tensors:
             given, bias = about.get("head", {}), tensors.get("bias")
             self._head = Head(
@@ -266,16 +272,16 @@ def read_hello(text: bytes, address: str) -> dict[str, Any]:
     }  # fmt: skip
     try:
         said = json.loads(text)
-        version = said["protocol"]
-        fits = all(isinstance(said[name], kind) for name, kind in kinds.items())
-    except (ValueError, TypeError, KeyError):
-        version, fits = None, False
+    except ValueError:
+        said = None
+    found = said if isinstance(said, dict) else {}
+    version = found.get("protocol")
+    fits = all(name in found and isinstance(found[name], kind) for name, kind in kinds.items())
     if version != PROTOCOL or not fits:
         raise GroupError(
-            f"teacher={address!r} speaks protocol {version!r} of hf-kd teach, and this is {PROTOCOL}: give "
-            "both sides the same version of hf_kd."
+            f"teacher={address!r} speaks protocol {version!r} of hf-kd teach, and this is {PROTOCOL}. {_SAME}"
         )
-    return said
+    return found
 
 
 def group_teacher(

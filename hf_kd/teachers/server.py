@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 # What float32 sums of a softmax may exceed 1 by, and single entries 0.
 _SLACK = 1e-3
+_RAW = (
+    "Start it so that it gives log-probabilities as the model has them (vLLM: --logprobs-mode raw_logprobs)."
+)
 
 
 def is_address(teacher: Any) -> bool:
@@ -148,8 +151,12 @@ class ServedTeacher:
 
     def _ask_part(self, rows: list[Row]) -> list[tuple[Tensor, Tensor, Tensor]]:
         answer = self._transport.post(self._format.body(rows, self.top_k, self.model_name))
-        found = self._format.read(answer, rows, self._spelling)
-        return [self._tensors(positions) for positions in found]
+        try:
+            found = self._format.read(answer, rows, self._spelling)
+            return [self._tensors(positions) for positions in found]
+        except ServerError as error:
+            said = f"teacher={self.url!r} (server_format={self.server_format!r})"
+            raise ServerError(f"{said}: {error}") from None
 
     def _tensors(self, positions: list[Position]) -> tuple[Tensor, Tensor, Tensor]:
         shape = (len(positions), self.top_k)
@@ -162,7 +169,7 @@ class ServedTeacher:
         if bool((mass > 1 + _SLACK).any()):
             raise ServerError(
                 f"The server's probabilities of one position add up to {float(mass.max()):.4f}: they are no "
-                "softmax at temperature 1."
+                f"softmax at temperature 1. {_RAW}"
             )
         return ids, logs.float(), torch.log1p(-mass.clamp_max(1.0)).float()
 
@@ -170,11 +177,13 @@ class ServedTeacher:
         """The `top_k` likeliest entries, checked. Servers add the prompt's own token to those asked for."""
         for token, value in position.items():
             if math.isnan(value) or value > _SLACK:
-                raise ServerError(f"The server gives token {token} the log-probability {value}.")
+                fix = "Check its model's weights and dtype." if math.isnan(value) else _RAW
+                raise ServerError(f"The server gives token {token} the log-probability {value}. {fix}")
             if token < 0 or (self.vocab_size is not None and token >= self.vocab_size):
                 raise ServerError(
                     f"The server names token {token}, but the student's vocabulary has {self.vocab_size}: "
-                    "its model has another tokenizer."
+                    "its model has another tokenizer. Give the student that one, or name the right "
+                    "server_model."
                 )
         wanted = self.top_k if self.vocab_size is None else min(self.top_k, self.vocab_size)
         if len(position) < wanted:
@@ -226,7 +235,7 @@ def _places(batch: Mapping[str, Any]) -> list[tuple[int, Tensor]]:
     if there.shape != ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(there.shape)} and input_ids {tuple(ids.shape)}: a served "
-            "teacher can't be given a mask of its own."
+            "teacher can't be given a mask of its own. Leave it out, or give the teacher as a model."
         )
     if mask is None and positions is not None and positions.shape == ids.shape:
         view = {"input_ids": ids, "position_ids": positions}

@@ -133,7 +133,9 @@ def retry_after(headers: Any) -> float | None:
 def _check_url(url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("teacher is not an http:// or https:// address with a host name.")
+        raise ValueError(
+            "teacher is not an http:// or https:// address with a host name: write e.g. http://10.0.0.7:8000/v1."
+        )
     if parts.username is not None or parts.password is not None or parts.query:
         # Not repeated here: it may be a secret.
         raise ValueError(

@@ -52,7 +52,7 @@ def read_vllm(answer: Any, rows: Sequence[Row], spelling: Spelling) -> list[list
     """
     found = []
     for row, choice in zip(rows, _choices(answer, len(rows)), strict=True):
-        entries = _sized(choice.get("prompt_logprobs"), len(row), "prompt_logprobs", "vllm")
+        entries = _sized(choice.get("prompt_logprobs"), len(row), "prompt_logprobs")
         positions = [_keyed(entry) for entry in entries[1:]]
         for place, (token, position) in enumerate(zip(row[1:], positions, strict=True), start=1):
             if token not in position:
@@ -111,12 +111,12 @@ def sglang_body(rows: Sequence[Row], k: int, model: str) -> dict[str, Any]:
 
 def read_sglang(answer: Any, rows: Sequence[Row], spelling: Spelling) -> list[list[Position]]:
     """`meta_info.input_top_logprobs`: null for the first token, then `[[logprob, id, text], ...]`."""
-    answers = _sized([answer] if isinstance(answer, Mapping) else answer, len(rows), "answers", "sglang")
+    answers = _sized([answer] if isinstance(answer, Mapping) else answer, len(rows), "answers")
     found = []
     for row, one in zip(rows, answers, strict=True):
         meta = _mapping(_mapping(one).get("meta_info"))
-        seen = _sized(meta.get("input_token_logprobs"), len(row), "input_token_logprobs", "sglang")
-        tops = _sized(meta.get("input_top_logprobs"), len(row), "input_top_logprobs", "sglang")
+        seen = _sized(meta.get("input_token_logprobs"), len(row), "input_token_logprobs")
+        tops = _sized(meta.get("input_top_logprobs"), len(row), "input_top_logprobs")
         for place, (token, said) in enumerate(zip(row, seen, strict=True)):
             if len(_list(said, "input_token_logprobs")) < 2 or said[1] != token:
                 raise _other_token(place, token, said)
@@ -143,18 +143,17 @@ def llama_cpp_body(rows: Sequence[Row], k: int, model: str) -> dict[str, Any]:
 def read_llama_cpp(answer: Any, rows: Sequence[Row], spelling: Spelling) -> list[list[Position]]:
     """A list of `{"index", "tokens_evaluated", "completion_probabilities": [{"top_logprobs": [{"id", ...`."""
     lengths = [end for row in rows for end in range(1, len(row))]
-    answers = _sized(
-        [answer] if isinstance(answer, Mapping) else answer, len(lengths), "answers", "llama.cpp"
-    )
+    answers = _sized([answer] if isinstance(answer, Mapping) else answer, len(lengths), "answers")
     ordered = _in_order([_mapping(one) for one in answers])
     positions = []
     for length, one in zip(lengths, ordered, strict=True):
         if one.get("tokens_evaluated") != length:
             raise ServerError(
                 f"The server was sent {length} tokens and says that it saw {one.get('tokens_evaluated')!r}: "
-                "it cut the row (its context is too short), or added tokens of its own."
+                "it cut the row (start it with a longer context, or set max_length), or added tokens of "
+                "its own."
             )
-        first = _mapping(_sized(one.get("completion_probabilities"), 1, "tokens", "llama.cpp")[0])
+        first = _mapping(_sized(one.get("completion_probabilities"), 1, "tokens")[0])
         tops = [_mapping(entry) for entry in _list(first.get("top_logprobs"), "top_logprobs")]
         positions.append(_pairs((top.get("id"), top.get("logprob")) for top in tops))
     rest = iter(positions)
@@ -173,7 +172,7 @@ WIRE_FORMATS: dict[str, WireFormat] = {
 def _choices(answer: Any, count: int) -> list[Mapping[str, Any]]:
     """The completions, in the order of the prompts."""
     choices = _mapping(answer).get("choices")
-    return _in_order([_mapping(c) for c in _sized(choices, count, "choices", "vllm or openai")])
+    return _in_order([_mapping(c) for c in _sized(choices, count, "choices")])
 
 
 def _in_order(answers: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -181,7 +180,7 @@ def _in_order(answers: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     indices = [one.get("index", i) for i, one in enumerate(answers)]
     if sorted(indices, key=str) != sorted(range(len(answers)), key=str):
         raise ServerError(
-            f"The server numbers its {len(answers)} answers {indices}; each must be there once."
+            f"The server numbers its {len(answers)} answers {indices}; each must be there once. {_question()}"
         )
     return [one for _, one in sorted(zip(indices, answers, strict=True), key=lambda pair: pair[0])]
 
@@ -190,7 +189,7 @@ def _keyed(entry: Any) -> Position:
     position = {}
     for key, value in _mapping(entry).items():
         if not key.isdecimal():
-            raise ServerError(f"The server names a token {key[:80]!r}, which is no id.")
+            raise ServerError(f"The server names a token {key[:80]!r}, which is no id. {_question()}")
         position[int(key)] = _number(value, "logprob")
     return position
 
@@ -203,9 +202,9 @@ def _pairs(entries: Any) -> Position:
     position: Position = {}
     for token, value in entries:
         if not isinstance(token, int) or isinstance(token, bool):
-            raise ServerError(f"The server names a token {token!r}, which is no id.")
+            raise ServerError(f"The server names a token {token!r}, which is no id. {_question()}")
         if token in position:
-            raise ServerError(f"The server names token {token} twice at one position.")
+            raise ServerError(f"The server names token {token} twice at one position. {_question()}")
         position[token] = _number(value, "")
     return position
 
@@ -213,36 +212,43 @@ def _pairs(entries: Any) -> Position:
 def _number(value: Any, name: str) -> float:
     number = value.get(name) if name and isinstance(value, Mapping) else value
     if not isinstance(number, int | float) or isinstance(number, bool):
-        raise ServerError(f"The server gives {number!r} for a log-probability.")
+        raise ServerError(f"The server gives {number!r} for a log-probability. {_question()}")
     return float(number)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ServerError(f"The server's answer has {str(value)[:80]!r} in the place of an object.")
+        raise ServerError(
+            f"The server's answer has {str(value)[:80]!r} in the place of an object. {_question()}"
+        )
     return value
 
 
 def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list):
         raise ServerError(
-            f"The server's answer has no list {name!r} (but {str(value)[:80]!r}). Does it give the "
-            f"log-probabilities of a prompt, and is server_format right ({', '.join(WIRE_FORMATS)})?"
+            f"The server's answer has no list {name!r} (but {str(value)[:80]!r}). {_question()}"
         )
     return value
 
 
-def _sized(value: Any, count: int, name: str, kind: str) -> list[Any]:
+def _sized(value: Any, count: int, name: str) -> list[Any]:
     values = _list(value, name)
     if len(values) != count:
-        raise ServerError(
-            f"The server was asked for {count} {name} and gave {len(values)} (server_format={kind!r})."
-        )
+        raise ServerError(f"The server was asked for {count} {name} and gave {len(values)}. {_question()}")
     return values
 
 
 def _other_token(place: int, token: int, said: Any) -> ServerError:
     return ServerError(
         f"The server was sent token {token} at place {place} and answers for {str(said)[:120]}: it changes "
-        "the prompt, or has another tokenizer."
+        "the prompt (switch off what adds tokens), or has another tokenizer (give the student that one)."
+    )
+
+
+def _question() -> str:
+    """What to look at when an answer has not the form that is read."""
+    return (
+        "Does it give the log-probabilities of a prompt, and is server_format right (use one of "
+        f"{', '.join(WIRE_FORMATS)})?"
     )

@@ -134,7 +134,7 @@ class CachedTeacher:
             i = next(i for i, (a, b) in enumerate(zip(lengths, expected, strict=True)) if a != b)
             raise CacheError(
                 f"row {asked[i].row} has {expected[i]} positions, its record in {self.folder} {lengths[i]}: "
-                "it is damaged"
+                "it is damaged. Run the same hf-kd cache command again: it writes it anew"
             )
         arrays = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
         if self._added.due:
