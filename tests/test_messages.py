@@ -16,8 +16,8 @@ STORED = messages.PAGE.read_text(encoding="utf-8")
 # How a message goes on after it has said what is wrong.
 FIX = re.compile(
     r"\b(set|use|did you mean|give|pass|there (is|are)|as in|leave it out|keep one|drop|rename|choose|"
-    r"take one|see --help|needs|make (it|one)|takes|must|its options|write|distil|check|build|run|"
-    r"start|raise)\b|"
+    r"take one|see --help|needs|make (it|one|them|the cache)|takes|must|its options|write|distil|check|build|"
+    r"run|start|raise|lower|add)\b|"
     r"--cache_dir DIR",
     re.IGNORECASE,
 )

@@ -166,4 +166,4 @@ def _hint(status: int) -> str:
         return " (set server_api_key_env to the variable that holds the key)"
     if status in (404, 405):
         return " (check the address, server_format and server_model)"
-    return " (the server may have a limit: its top-k, server_top_k, or the length of a row, max_length)"
+    return " (the server may have a limit: lower server_top_k, or max_length, the length of a row)"
