@@ -11,7 +11,6 @@ import shlex
 import sys
 import textwrap
 import traceback
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -404,7 +403,6 @@ def _helped_alone(command: str, options: type, argv: list[str]) -> bool:
 def _quiet() -> None:
     """Leave out what says nothing about the run."""
     os.environ.setdefault("TQDM_DELAY", "1")  # no bars of what is done in a second
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading and writing weights; training has its own

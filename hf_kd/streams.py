@@ -25,7 +25,7 @@ from torch.utils.data._utils import worker as torch_worker
 
 from .matching import first_eval_dataset
 from .records import read_record, write_record
-from .rows import ROW, RowCollator
+from .rows import ROW
 
 if TYPE_CHECKING:
     from .findings import Report
@@ -240,7 +240,7 @@ def dataloader(trainer: DistillationTrainer, rows: Any, batch_size: int) -> Any:
         passed=0 if args.ignore_data_skip else step * args.gradient_accumulation_steps,
         over=step >= args.max_steps,
     )
-    collator = trainer._get_collator_with_removed_columns(RowCollator(trainer.data_collator), "training")
+    collator = trainer._get_collator_with_removed_columns(trainer.data_collator, "training")
     workers = args.dataloader_num_workers
     loader = DataLoader(
         stream,

@@ -303,14 +303,16 @@ class DistillationTrainer(Trainer):
         return RowDataset(super()._remove_unused_columns(dataset, description))
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("is_training") and streams.is_stream(dataset):
-            return streams.dataloader(self, dataset, kwargs["batch_size"])
-        collator = self.data_collator
+        collator, pinned = self.data_collator, self.args.dataloader_pin_memory
         self.data_collator = RowCollator(collator)
+        # Pinned memory is for copies to an accelerator; torch warns in each pass where there is none.
+        self.args.dataloader_pin_memory = pinned and torch.accelerator.is_available()
         try:
+            if kwargs.get("is_training") and streams.is_stream(dataset):
+                return streams.dataloader(self, dataset, kwargs["batch_size"])
             return super()._get_dataloader(RowDataset.of(dataset), *args, **kwargs)
         finally:
-            self.data_collator = collator
+            self.data_collator, self.args.dataloader_pin_memory = collator, pinned
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return super()._get_train_sampler(RowDataset.unwrap(train_dataset))

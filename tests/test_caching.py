@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import subprocess
@@ -104,8 +105,14 @@ def test_a_run_from_the_cache_has_the_losses_of_the_live_run(texts, tmp_path, ca
         )
     assert losses(tmp_path / "read") == pytest.approx(losses(tmp_path / "live"), rel=1e-5)
     assert len(losses(tmp_path / "read")) == 8
-    tables = [Results.read(tmp_path / name / "results.json").arms["student"] for name in ("live", "read")]
-    assert tables[0].eval_kl == pytest.approx(tables[1].eval_kl, rel=1e-4)
+    live, read = (Results.read(tmp_path / name / "results.json") for name in ("live", "read"))
+    assert live.arms["student"].eval_kl == pytest.approx(read.arms["student"].eval_kl, rel=1e-4)
+    files = [cache / "manifest.json", *sorted(cache.glob("shards-*.json"))]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    assert read.provenance["teacher_cache"] == {"name": str(cache), "hash": digest[:16]} and len(files) == 2
+    assert live.provenance["teacher_cache"] is None
+    page = (tmp_path / "read" / "report.html").read_text(encoding="utf-8")
+    assert digest[:16] in page
 
 
 def test_training_from_the_cache_never_asks_the_teacher(texts, tmp_path, silent_teacher):

@@ -107,6 +107,25 @@ def test_evaluate_before_train_prepares_the_student(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_kl"] != first["eval_kl"]
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator to copy to")
+def test_no_memory_is_pinned_for_an_accelerator_that_is_not_there(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The option stays what it is, for the machine that runs `distillation.yaml` next."""
+    student, teacher = classifiers()
+    trainer = DistillationTrainer(
+        student,
+        arguments(tmp_path, use_cpu=False),
+        teacher=teacher,
+        train_dataset=text_rows(),
+        eval_dataset=text_rows(),
+    )
+    loaders = [trainer.get_train_dataloader(), trainer.get_eval_dataloader()]
+    assert all(next(iter(loader)) for loader in loaders)
+    assert not [warning for warning in recwarn if "pin_memory" in str(warning.message)]
+    assert trainer.args.dataloader_pin_memory and not any(loader.pin_memory for loader in loaders)
+
+
 def test_columns_are_the_union(tmp_path: Path) -> None:
     """Trap 20: a DistilBERT student does not starve a BERT teacher of `token_type_ids`."""
     _, teacher = classifiers()
