@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
         "self_teacher": "ema", "ema_decay": 0.5, "ema_decay_end": 0.9, "save_strategy": "steps",
         "save_steps": 2,
     },
-    "ensemble": {"ensemble_weights": [1.0, 3.0]},
+    "ensemble": {"ensemble_weights": [1.0, 3.0], "term_gradients": 2},
     "confidence": {"ensemble_weighting": "confidence"},
     "routed": {"teacher_routes": {"0": 1, "1": 0}},
     "one": {},
@@ -96,6 +96,9 @@ def trained(folder: Path, name: str, ranks: int, *, resume: Path | None = None) 
     assert trainer.accelerator.num_processes == ranks and trainer.state.global_step == settings["max_steps"]
     assert trainer.spikes.counts["steps_skipped"] == (name == "a spike")
     found: dict[str, Any] = {"student": weights(student)}
+    if "term_gradients" in options:
+        logged = [row for row in trainer.state.log_history if "grad_norm_ratio" in row]
+        found["norms of the terms"] = [row[f"grad_norm_{term}"] for row in logged for term in ("task", "kd")]
     if name == "filled":
         # The first rows, before training, and the first epoch: in the second one the ranks have other rows.
         assert teachers.live.asked <= 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_kd import DistillationArguments, DistillationTrainer
+from hf_kd import DistillationArguments, DistillationTrainer, balance
 from hf_kd.balance import Balance
 from hf_kd.losses.divergences import forward_kl, log_probs
 
@@ -65,11 +65,40 @@ def test_the_norms_are_those_of_the_whole_step_and_training_is_as_without_them(t
 
 
 def test_the_steps_are_spread_over_the_run():
-    balance = Balance(5)
-    assert [step for step in range(100) if balance.due(step, 100)] == [0, 20, 40, 60, 80]
-    assert [step for step in range(3) if balance.due(step, 3)] == [0, 1, 2]
-    assert len([step for step in range(103) if balance.due(step, 103)]) == 5
-    assert not any(Balance(0).due(step, 10) for step in range(10))
+    five = Balance(5)
+    assert [step for step in range(100) if five.due(step, 100, 1)] == [0, 20, 40, 60, 80]
+    assert [step for step in range(3) if five.due(step, 3, 3)] == [0, 1, 2]
+    assert len([step for step in range(103) if five.due(step, 103, 103)]) == 5
+    assert not any(Balance(0).due(step, 1000, 1000) for step in range(1000))
+
+
+@pytest.mark.parametrize(
+    ("total", "logs", "times"), [(199, 199, 0), (400, 400, 2), (10000, 10000, 20), (10000, 3, 3), (400, 0, 0)]
+)
+def test_unasked_it_costs_no_more_than_a_percent_and_is_logged_each_time(total, logs, times):
+    """A measurement is two steps' work at most."""
+    steps = [step for step in range(total) if Balance(None).due(step, total, logs)]
+    assert len(steps) == times and 2 * times <= 0.01 * total
+    each = total // logs if logs else total
+    assert len({step // each for step in steps}) == times, "two measurements before one log"
+
+
+def test_it_is_measured_by_default_where_nothing_is_in_the_way(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(balance, "_STEPS_EACH", 2)
+    trainer, *_ = train(tmp_path / "default", None)
+    logged = [row["grad_norm_ratio"] for row in trainer.state.log_history if "grad_norm_ratio" in row]
+    assert len(logged) == 2 and all(ratio > 0 for ratio in logged)
+    monkeypatch.setattr(Linear, "forward", no_gradient_in_evaluation)
+    with caplog.at_level("INFO", logger="hf_kd.balance"):
+        trainer, *_ = train(tmp_path / "fails", None)
+    assert trainer.state.global_step == 4 and "term_gradients=None: nothing is measured" in caplog.text
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        train(tmp_path / "asked", 2)
+
+
+def no_gradient_in_evaluation(self, x):
+    found = self.dropout(self.linear(x))
+    return found if self.training else found.detach()
 
 
 def test_losses_on_layers_are_no_part_of_the_ratio(tmp_path):

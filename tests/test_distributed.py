@@ -97,6 +97,9 @@ def test_teachers_on_two_ranks(two_ranks: dict[str, Any], one_rank: dict[str, An
         if what == "averages of the ranks":
             assert ours[0] == ours[1] and len(ours) == 2
             continue
+        if what == "norms of the terms":
+            assert ours == pytest.approx(theirs, rel=1e-9) and len(ours) == 4
+            continue
         assert any(not torch.equal(values, start[n]) for n, values in ours.items())
         for n, values in theirs.items():
             torch.testing.assert_close(ours[n], values, rtol=1e-9, atol=1e-12)

@@ -24,7 +24,9 @@ class DistillationOptions(TeacherOptions, LayerOptions, LossOptions):
     generation_num_beams: int | None = option(None, "its number of beams (default: the model's)")
     spike_action: str = option("warn", "a step far above those before it: warn, skip (drop it), stop")
     spike_threshold: float = option(8.0, "how far: robust standard deviations of its logarithm")
-    term_gradients: int = option(0, "times a run that the gradient norm of each term is measured and logged")
+    term_gradients: int | None = option(
+        None, "times that each term's gradient norm is measured (default: up to 20, at most 1 % of the run)"
+    )
 
     @property
     def needs_teacher(self) -> bool:
@@ -42,7 +44,7 @@ class DistillationOptions(TeacherOptions, LayerOptions, LossOptions):
 
     def _watching_problems(self) -> list[str]:
         found = []
-        if self.term_gradients < 0:
+        if self.term_gradients is not None and self.term_gradients < 0:
             found.append(f"term_gradients={self.term_gradients} is below 0: set e.g. 20, or 0 for none")
         if self.term_gradients and any(getattr(self, f"{name}_weight") > 0 for name in FEATURE_WEIGHTS):
             found.append(
