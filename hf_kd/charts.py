@@ -71,13 +71,15 @@ def _quality(results: Results) -> Figure | None:
 def _cost(results: Results) -> Figure | None:
     """Quality against latency, or against parameters where latency was not measured."""
     scores = {name: score for name in results.arms if (score := results.score(name)) is not None}
+    # A teacher elsewhere has no latency here, and maybe no size that is known.
+    scores = {name: score for name, score in scores.items() if results.arms[name].parameters is not None}
     if len(scores) < 2 or not all(map(math.isfinite, scores.values())):
         return None
     timed = all(results.arms[name].latency for name in scores)
     figure, axes = new_figure()
     for name, score in scores.items():
         arm = results.arms[name]
-        cost = arm.latency[0].median_ms if timed else arm.parameters / 1e6
+        cost = arm.latency[0].median_ms if timed else (arm.parameters or 0) / 1e6
         axes.plot(
             [cost], [score], marker(results, name), color=colour(results, name), markersize=9, label=name
         )
@@ -203,7 +205,7 @@ def _slices(results: Results) -> Figure | None:
     shown = results.slices[:_MOST_SLICES]
     if not shown:
         return None
-    figure, axes = new_figure(0.9 + 0.42 * len(shown))
+    figure, axes = new_figure(1.1 + 0.42 * len(shown))
     names = list(shown[0].scores)
     for place, name in enumerate(names):
         for row, part in enumerate(reversed(shown)):
@@ -227,7 +229,7 @@ def _slices(results: Results) -> Figure | None:
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.set_xlabel(f"{shown[0].metric}, 95 % interval")
     axes.grid(axis="x", alpha=0.25)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35 / (0.42 * len(shown)) - 0.08), ncols=3)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
