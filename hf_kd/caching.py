@@ -21,7 +21,6 @@ from rich.progress import (
 from rich.table import Table
 from torch import Tensor
 
-from hf_kd import served_run
 from hf_kd.config import DistillationArguments, parse, plainly
 from hf_kd.losses.projected import head_logits
 from hf_kd.options import RunOptions
@@ -38,7 +37,6 @@ from hf_kd.teachers.cache.record import DTYPES
 from hf_kd.teachers.cache.store import MANIFEST_FILE, check_shard, locked, read_shards
 from hf_kd.teachers.cache.writer import refuse_other
 from hf_kd.teachers.link import is_link
-from hf_kd.teachers.server import is_address
 from hf_kd.teachers.signal import TeacherSignal
 from hf_kd.trainer import DistillationTrainer
 
@@ -77,14 +75,10 @@ def prepare(command: str, argv: Sequence[str]) -> tuple[Asked, Setting, Distilla
             f"teacher={run.teacher!r} is a teacher group, which keeps nothing: run hf-kd {command} where the "
             "model is, with its directory or Hub id"
         )
-    if is_address(run.teacher):
-        setting = served_run.load(run, args)
-        trainer = served_run.distiller(setting)
-    else:
-        setting = load(run, args)
-        if setting.untrained:
-            setting = with_trained_teacher(setting)
-        trainer = distiller(setting)
+    setting = load(run, args)
+    if setting.untrained:
+        setting = with_trained_teacher(setting)
+    trainer = distiller(setting)
     if trainer.teacher is None:
         raise ValueError(
             f"alpha={args.alpha} asks no teacher, so there is nothing to cache: set alpha above 0"

@@ -15,6 +15,8 @@ from hf_kd.pages import content, environment
 from hf_kd.records import write_text
 from hf_kd.results import Results
 from hf_kd.tasks import TASKS
+from hf_kd.teachers.link import is_link
+from hf_kd.teachers.server import is_address
 
 CARD_FILE = "README.md"
 
@@ -67,7 +69,7 @@ def write_card(
         .get_template("card.md")
         .render(
             **{**content(shown), "title": repository},
-            teacher=teacher or "a teacher that is not on the Hub",
+            teacher=teacher or _described(run.teacher, results),
             control="control" in results.arms,
             repository=Markup(repository),  # a name of letters, digits, dots, dashes and slashes
             script=script,
@@ -81,6 +83,16 @@ def write_card(
     path = folder / CARD_FILE
     write_text(path, str(card))
     return path
+
+
+def _described(teacher: str | None, results: Results) -> str:
+    """A teacher without an id on the Hub: by the name that its server gives it, never by its address."""
+    if is_link(teacher):
+        return "a teacher in processes of its own"
+    if is_address(teacher):
+        name = _public((results.provenance.get("teacher_identity") or {}).get("name"))
+        return f"a teacher on a server, there called {name}" if name else "a teacher on a server"
+    return "a teacher that is not on the Hub"
 
 
 def _public(name: str | None) -> str | None:

@@ -22,6 +22,7 @@ from hf_kd.records import resolved_options
 from hf_kd.results import Arm, Results
 from hf_kd.setting import Setting, alone, wiring
 from hf_kd.sharding import in_pieces
+from hf_kd.teacher_view import KNOWN, evaluate_teacher
 from hf_kd.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def compare(
 
     Args:
         setting: The run.
-        models: By arm; "teacher" and "student" are needed.
+        models: By arm; "student" is needed, and "teacher" unless it is elsewhere.
         training: What the student's training logged.
         meter: Time and energy since the run began, for the record.
 
@@ -47,23 +48,36 @@ def compare(
     """
     run, args, data = setting.run, setting.args, setting.data
     trainers = {name: trainer_of(setting, name, model) for name, model in models.items()}
+    others = {name: trainer for name, trainer in trainers.items() if name != "teacher"}
     evaluated = {name: evaluate_arm(setting, name, trainer) for name, trainer in trainers.items()}
+    rows, here = test_rows(data), "teacher" in models
+    scored = None if here else evaluate_teacher(others["student"], rows, data.primary_metric)
+    evaluated = evaluated if scored is None else {"teacher": scored, **evaluated}
     if args.process_index != 0:
         return None
-    rows = test_rows(data)
     labelled = all(f"eval_{data.primary_metric}" in found.scores for found in evaluated.values())
+    primary = data.primary_metric if labelled else None
     student = models["student"]
     saved = {
-        "teacher": folder_of(models["teacher"]),
+        "teacher": folder_of(models.get("teacher")),
         "student": args.folder,
         "control": args.folder / "control",
     }
-    others = {name: trainer for name, trainer in trainers.items() if name != "teacher"}
+    arms = measured(
+        models,
+        evaluated,
+        rows,
+        data.collator,
+        primary=primary,
+        folders=saved,
+        teacher=others["student"].teacher,
+    )
+    in_own_order = here and evaluated["student"].logits is not None
     return Results(
         task=str(run.task),
-        primary_metric=data.primary_metric if labelled else None,
+        primary_metric=primary,
         greater_is_better=data.greater_is_better,
-        arms=measured(models, evaluated, rows, data.collator, folders=saved),
+        arms=arms,
         examples=len(rows),
         machine=measure.machine(args.device),
         provenance={
@@ -73,15 +87,13 @@ def compare(
             **meter.record(),
         },
         training=training,
-        differences=paired.differences(evaluated, data.primary_metric if labelled else None),
+        differences=paired.differences(arms, primary),
         behaviour=evaluating.behaviour(
             evaluated,
             rows,
             processor=setting.processor,
             names=label_names(student.config),
-            order=align_labels(student.config, models["teacher"].config).order
-            if evaluated["student"].logits is not None
-            else None,
+            order=align_labels(student.config, models["teacher"].config).order if in_own_order else None,
         ),
         positions=evaluating.kl_by_position(others, rows, data.collator),
         slices=evaluating.slices(
@@ -96,8 +108,7 @@ def compare(
 
 def trainer_of(setting: Setting, name: str, model: Any) -> DistillationTrainer:
     """What evaluates one arm: the teacher with its own data, every other one against the teacher."""
-    changes = {**EVALUATION, "output_dir": str(setting.args.folder / "evaluation"), **without_features()}
-    args = dataclasses.replace(setting.args, **changes)
+    args = dataclasses.replace(setting.args, **EVALUATION, **without_features())
     if name == "teacher":
         return alone(model, args, setting.teacher_data, setting.teacher_processor, setting.run)
     return DistillationTrainer(
@@ -112,9 +123,9 @@ def trainer_of(setting: Setting, name: str, model: Any) -> DistillationTrainer:
 
 def evaluate_arm(setting: Setting, name: str, trainer: DistillationTrainer) -> Evaluation:
     """Metrics of one arm, how far it is from the teacher, and what it answers."""
-    known = {"eval_kl": 0.0, "eval_agreement": 1.0} if name == "teacher" else {}
+    known = KNOWN if name == "teacher" else {}
     if name == "teacher" and setting.run.unlabelled:
-        return Evaluation(known)
+        return Evaluation(dict(known))
     data = setting.teacher_data if name == "teacher" else setting.data
     return evaluating.evaluate(trainer, test_rows(data), known=known, primary=data.primary_metric)
 
@@ -130,32 +141,43 @@ def measured(
     rows: Any,
     collator: Any,
     *,
-    folders: Mapping[str, Any] | None = None,
+    primary: str | None,
+    folders: Mapping[str, Any],
+    teacher: Any = None,
 ) -> dict[str, Arm]:
     """The arms: what was scored, with what each costs.
 
     Args:
-        models: By arm.
-        evaluated: Likewise.
+        models: By arm; a teacher that is no single model in memory is absent or None.
+        evaluated: By arm, in the order of the tables.
         rows: The evaluation rows.
         collator: Makes batches of them.
+        primary: The metric that decides, if there is one.
         folders: Where models are saved, by arm.
+        teacher: Whoever taught; it may say the `size` of a model elsewhere.
     """
-    whole = not any(in_pieces(model) for model in models.values())
+    here = {name: models[name] for name in evaluated if models.get(name) is not None}
+    whole = not any(in_pieces(model) for model in here.values())
     if not whole:
         logger.warning("no latency: the models are in pieces over the ranks (FSDP 2)")
-    times, batch = costs.time_models(models, rows, collator) if whole else ({}, None)
-    return {
-        name: measure.measure_arm(
+    times, batch = costs.time_models(here, rows, collator) if whole else ({}, None)
+    arms = {}
+    for name, found in evaluated.items():
+        model = here.get(name)
+        rest: dict[str, Any] = paired.kept(found, primary)
+        if model is None:
+            rest |= getattr(teacher, "size", {})
+        elif batch is not None:
+            rest["peak_memory"] = costs.peak_memory(model, batch)
+        arms[name] = measure.measure_arm(
             model,
-            evaluated[name].scores,
+            found.scores,
             latency=times.get(name, []),
-            errors=evaluated[name].errors,
-            folder=(folders or {}).get(name),
-            peak_memory=None if batch is None else costs.peak_memory(model, batch),
+            errors=found.errors,
+            folder=folders.get(name),
+            **rest,
         )
-        for name, model in models.items()
-    }
+    return arms
 
 
 def sources(

@@ -44,7 +44,7 @@ EVALUATION: dict[str, Any] = {
     **{"teacher_cache": None, "cache_miss": "error", "self_teacher": None, "self_teacher_dropout": False},
     "exit_layers": None,
     # Rows keep their order, and nothing is uploaded or printed.
-    **{"train_sampling_strategy": "random", "push_to_hub": False, "disable_tqdm": True},
+    **{"train_sampling_strategy": "random", "push_to_hub": False, "report_to": "none", "disable_tqdm": True},
 }
 
 

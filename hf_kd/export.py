@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from hf_kd import costs, evaluating, report
 from hf_kd.comparison import test_rows, trainer_of
 from hf_kd.config import DistillationArguments, parse
@@ -19,6 +21,7 @@ from hf_kd.records import OPTIONS_FILE
 from hf_kd.results import Arm, Results
 from hf_kd.setting import Setting, load
 from hf_kd.tasks import resolve_task
+from hf_kd.waiting import WaitingTeacher
 
 ONNX_FILE, INT8_FILE = "model.onnx", "model.int8.onnx"
 #: What the exported models are called in the report.
@@ -96,6 +99,8 @@ def export(
     results = Results.read(folder / "results.json")
     run, args = _options(folder)
     setting = load(run, args)
+    if isinstance(setting.teacher, WaitingTeacher):
+        setting = dataclasses.replace(setting, teacher=setting.teacher.load())
     student: Any = load_model(str(folder), run.task, role="student")
     setting = dataclasses.replace(setting, student=student.eval())
     task = resolve_task(run.task, student, supervise=args.supervise)
@@ -157,7 +162,9 @@ def _refuse(
 def _with_arms(results: Results, setting: Setting, exported: Mapping[str, OnnxModel]) -> Results:
     """The results with an arm for each exported model, and all models timed in turns."""
     rows, data = test_rows(setting.data), setting.data
-    models: dict[str, Any] = {"teacher": setting.teacher.eval(), "student": setting.student}
+    models: dict[str, Any] = {"student": setting.student}
+    if isinstance(setting.teacher, nn.Module):
+        models = {"teacher": setting.teacher.eval(), **models}
     control = setting.args.folder / "control"
     if "control" in results.arms and (control / "config.json").is_file():
         models["control"] = load_model(str(control), setting.run.task, role="control")

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from inspect import Parameter, Signature
 from typing import Any
 
 import datasets
-from torch import Tensor, nn
+from torch import nn
 
 from hf_kd import evaluating, measure, paired
-from hf_kd.alignment import ClassMap, label_names
+from hf_kd.alignment import label_names
 from hf_kd.card import write_card
 from hf_kd.comparison import folder_of, measured, sources, teacher_of
 from hf_kd.evaluating import EVALUATION, Evaluation
-from hf_kd.losses.projected import head_logits
 from hf_kd.metrics import LOWER_IS_BETTER
 from hf_kd.options import RunOptions, without_features
 from hf_kd.pages import write_html
 from hf_kd.results import Results
 from hf_kd.rows import RowDataset
-from hf_kd.tasks import Task
-from hf_kd.teachers import Teacher
+from hf_kd.teacher_view import evaluate_teacher
 from hf_kd.trainer import DistillationTrainer
 
 
@@ -48,8 +45,9 @@ def report(
         rows: The rows to compare on; default: the trainer's `eval_dataset`.
         control: The same student trained without the teacher.
         students: Further students by name; they take the same batches.
-        teacher: The model that stands as the teacher; default: the one that taught. Needed where the teacher
-            was several models, a cache without one, or a server.
+        teacher: The model that stands as the teacher; default: the one that taught. What is not known of that
+            (the cost of several models, of a cache, or of a teacher elsewhere) is left out, and so are its
+            scores where it gives some entries of its distribution alone.
         primary_metric: What quality is judged by; default: `metric_for_best_model`, else the first of
             `compute_metrics`, else the loss on the labels.
         greater_is_better: Whether more of it is; default: not for losses, perplexity and errors.
@@ -61,7 +59,7 @@ def report(
         The results on rank 0, None on the others.
 
     Raises:
-        ValueError: If there are no rows, no teacher's model, or no such metric or slice.
+        ValueError: If there are no rows, no teacher, or no such metric or slice.
     """
     rows = trainer.eval_dataset if rows is None else rows
     if rows is None or not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
@@ -70,11 +68,10 @@ def report(
         )
     taught = teacher if teacher is not None else getattr(trainer.teacher, "live", None) or trainer.teacher
     inside = trainer.args.self_teacher == "deeper" and teacher is None
-    alone = teacher is not None or isinstance(getattr(taught, "model", None), nn.Module)
-    if taught is None or inside or not alone:
+    if taught is None or inside:
         raise ValueError(
-            f"the trainer's teacher is {type(trainer.teacher).__name__}, no single model in memory, so there "
-            "is nothing to weigh and time: pass the model to compare with as teacher="
+            f"the trainer's teacher is {type(trainer.teacher).__name__}, nobody beside the student: pass the "
+            "model to compare with as teacher="
         )
     models: dict[str, Any] = {"student": trainer.accelerator.unwrap_model(trainer.model)}
     models |= {"control": control} if control is not None else {}
@@ -86,30 +83,35 @@ def report(
     models |= dict(students or {})
     trainers = {name: _evaluator(trainer, model, taught) for name, model in models.items()}
     against = trainers["student"]
-    evaluated = {"teacher": _evaluate_teacher(trainer, against, rows, primary_metric)}
-    for name, own in trainers.items():
-        evaluated[name] = evaluating.evaluate(own, rows, primary=primary_metric)
+    evaluated = {
+        name: evaluating.evaluate(own, rows, primary=primary_metric) for name, own in trainers.items()
+    }
+    scored = evaluate_teacher(against, rows, primary_metric)
+    evaluated = evaluated if scored is None else {"teacher": scored, **evaluated}
     if trainer.args.process_index != 0:
         return None
     primary = _primary(trainer, evaluated, primary_metric)
-    models = {"teacher": getattr(against.teacher, "model", None), **models}
+    models["teacher"] = getattr(against.teacher, "model", None)
     plain, collator = _plain(against, rows)
     names = label_names(getattr(against.student, "config", None))
     wanted = [name for name in slices if name not in ("length", "label")]
     folder = trainer.args.folder
     trainer.meter.watts = watts
     lower = primary is not None and (primary in LOWER_IS_BETTER or "error" in primary)
+    arms = measured(
+        models,
+        evaluated,
+        plain,
+        collator,
+        primary=primary,
+        folders={"teacher": folder_of(models["teacher"]), "student": folder},
+        teacher=against.teacher,
+    )
     results = Results(
         task=trainer.task.name,
         primary_metric=primary,
         greater_is_better=not lower if greater_is_better is None else greater_is_better,
-        arms=measured(
-            models,
-            evaluated,
-            plain,
-            collator,
-            folders={"teacher": folder_of(models["teacher"]), "student": folder},
-        ),
+        arms=arms,
         examples=len(rows),
         machine=measure.machine(trainer.args.device),
         provenance={
@@ -119,7 +121,7 @@ def report(
             **trainer.meter.record(),
         },
         training=numbers_of(trainer.state.log_history),
-        differences=paired.differences(evaluated, primary),
+        differences=paired.differences(arms, primary),
         behaviour=evaluating.behaviour(evaluated, plain, processor=trainer.processing_class, names=names),
         positions=evaluating.kl_by_position(trainers, plain, collator),
         slices=evaluating.slices(
@@ -145,8 +147,7 @@ def numbers_of(history: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 def _evaluator(trainer: DistillationTrainer, model: Any, teacher: Any) -> DistillationTrainer:
     """A trainer that evaluates another model in the same way."""
-    folder = str(trainer.args.folder / "evaluation")
-    args = dataclasses.replace(trainer.args, **{**EVALUATION, **without_features(), "output_dir": folder})
+    args = dataclasses.replace(trainer.args, **EVALUATION, **without_features())
     return DistillationTrainer(
         model,
         args,
@@ -165,56 +166,6 @@ def _wiring(trainer: DistillationTrainer) -> dict[str, Any]:
         "preprocess_logits_for_metrics": trainer.preprocess_logits_for_metrics,
         "processing_class": trainer.processing_class,
     }
-
-
-def _evaluate_teacher(
-    trainer: DistillationTrainer, against: DistillationTrainer, rows: Any, primary: str | None
-) -> Evaluation:
-    """The teacher's metrics on the student's own rows, its classes in the student's order."""
-    classes = against.objective.classes
-    known = {"eval_kl": 0.0, "eval_agreement": 1.0}
-    if classes.unlike or trainer.task.kind == "vectors":
-        return Evaluation(known)  # what it predicts has no place among the student's labels
-    assert against.teacher is not None
-    view = _TeacherView(against.teacher, classes, trainer.task, getattr(against.student, "config", None))
-    changes = {**EVALUATION, **without_features(), "alpha": 0.0}
-    args = dataclasses.replace(trainer.args, **changes, output_dir=str(trainer.args.folder / "evaluation"))
-    own = DistillationTrainer(view, args, task=trainer.task, **_wiring(trainer))
-    return evaluating.evaluate(own, rows, known=known, primary=primary)
-
-
-class _TeacherView(nn.Module):
-    """A teacher as a model that takes the student's batches and answers in the student's classes."""
-
-    def __init__(self, teacher: Teacher, classes: ClassMap, task: Task, config: Any) -> None:
-        super().__init__()
-        self.config = config
-        names = dict.fromkeys(teacher.columns)
-        signature = Signature([Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in names])
-
-        def forward(**batch: Any) -> dict[str, Tensor]:
-            signal = teacher(batch)
-            if signal.logits:
-                logits = dict(signal.logits)
-            elif signal.hidden is not None:
-                logits = {task.logits[0]: head_logits(signal.hidden).movedim(-1, task.class_axis)}
-            else:
-                logits = dict(signal.dense())  # says why not
-            return {name: _in_order(value, classes, task.class_axis) for name, value in logits.items()}
-
-        model: Any = getattr(teacher, "model", None)
-        if hasattr(model, "generate"):  # for metrics of generated text
-            self.generate, self.generation_config = model.generate, model.generation_config
-        forward.__signature__ = signature  # type: ignore[attr-defined]  # the columns that the teacher reads
-        self.forward = forward
-
-
-def _in_order(logits: Tensor, classes: ClassMap, axis: int) -> Tensor:
-    if classes.order is None and classes.shared is None:
-        return logits
-    moved = logits.movedim(axis, -1)
-    flat = classes.teacher(moved.reshape(-1, moved.shape[-1]))
-    return flat.reshape(*moved.shape[:-1], flat.shape[-1]).movedim(-1, axis)
 
 
 def _primary(

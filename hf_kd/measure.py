@@ -166,7 +166,7 @@ def latency(
 
 
 def measure_arm(
-    model: nn.Module,
+    model: nn.Module | None,
     evaluation: Mapping[str, Any],
     *,
     latency: Iterable[Latency] = (),
@@ -174,11 +174,12 @@ def measure_arm(
     peak_memory: int | None = None,
     errors: Mapping[str, float] | None = None,
     prefix: str = "eval_",
+    **rest: Any,
 ) -> Arm:
     """One arm of the comparison from a model and what `trainer.evaluate()` returned for it.
 
     Args:
-        model: measured for its size.
+        model: measured for its size; None: it is elsewhere, and `rest` says its size if that is known.
         evaluation: metrics by name; those of the run itself (runtime, epoch) and what is not a number are
             left out.
         latency: what `latency` measured, one entry per input shape.
@@ -186,18 +187,21 @@ def measure_arm(
         peak_memory: what `hf_kd.costs.peak_memory` measured, in bytes.
         errors: standard errors by metric, without prefix.
         prefix: of the names in `evaluation` (the `metric_key_prefix` and "_"); taken off.
+        **rest: further fields of the arm.
     """
     metrics = {
         name.removeprefix(prefix): float(value)
         for name, value in evaluation.items()
         if name.removeprefix(prefix) not in RUNTIME and isinstance(value, numbers.Real)
     }
+    size: dict[str, int | None] = {"parameters": None, "bytes": None}
+    if model is not None:
+        size = {"parameters": count_parameters(model), "bytes": model_bytes(model)}
     return Arm(
         eval_kl=metrics.pop("kl", None),
         eval_agreement=metrics.pop("agreement", None),
         metrics=metrics,
-        parameters=count_parameters(model),
-        bytes=model_bytes(model),
+        **{**size, **rest},
         bytes_on_disk=None if folder is None else _bytes_if_saved(folder),
         latency=list(latency),
         peak_memory=peak_memory,

@@ -5,6 +5,7 @@ Both fail on the hard rows, so the error of the difference is mostly far smaller
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from hf_kd.evaluating import Evaluation
+    from hf_kd.results import Arm
 
 #: Standard errors from the middle of a two-sided 95 % interval to its ends.
 Z_95 = 1.959964
@@ -77,39 +79,53 @@ def of_samples(value: float, one: np.ndarray, other: np.ndarray) -> tuple[float,
     return value - half, value + half
 
 
-def differences(evaluated: Mapping[str, Evaluation], metric: str | None) -> list[PairedDifference]:
+def differences(arms: Mapping[str, Arm], metric: str | None) -> list[PairedDifference]:
     """How the arms differ on the same rows: students against the control, the student against the teacher.
 
     Args:
-        evaluated: By arm.
+        arms: By name, all scored on the same rows.
         metric: The one that decides.
     """
-    pairs = [(name, "control") for name in evaluated if name not in ("teacher", "control")]
-    made = [_paired(evaluated, one, other, metric) for one, other in [*pairs, ("student", "teacher")]]
+    pairs = [(name, "control") for name in arms if name not in ("teacher", "control")]
+    made = [
+        between((one, arms[one]), (other, arms[other]), metric)
+        for one, other in [*pairs, ("student", "teacher")]
+        if one in arms and other in arms and metric is not None
+    ]
     return [found for found in made if found is not None]
 
 
-def _paired(
-    evaluated: Mapping[str, Evaluation], one: str, other: str, metric: str | None
-) -> PairedDifference | None:
-    if one not in evaluated or other not in evaluated or metric is None:
+def between(one: tuple[str, Arm], other: tuple[str, Arm], metric: str) -> PairedDifference | None:
+    """How two arms, each with its name, differ on the same rows; None where these were not kept."""
+    (name, ours), (against, theirs) = one, other
+    scores = [arm.metrics.get(metric, math.nan) for arm in (ours, theirs)]
+    if not all(map(math.isfinite, scores)):
         return None
-    ours, theirs = evaluated[one], evaluated[other]
-    scores = [arm.scores.get(f"eval_{metric}") for arm in (ours, theirs)]
-    if not all(isinstance(score, int | float) and np.isfinite(score) for score in scores):
+    value = scores[0] - scores[1]
+    if ours.right and theirs.right and len(ours.right) == len(theirs.right):
+        low, high = of_shares(*(_as_numbers(arm.right or "") for arm in (ours, theirs)))
+        return PairedDifference(name, against, metric, value, low, high, "mcnemar")
+    if not ours.samples or len(ours.samples) != len(theirs.samples):
         return None
-    value = float(scores[0] - scores[1])  # type: ignore[operator]
-    right = [arm.right for arm in (ours, theirs)]
-    if all(side is not None and _is_its_mean(side, s) for side, s in zip(right, scores, strict=True)):
-        low, high = of_shares(*right)  # type: ignore[arg-type]
-        return PairedDifference(one, other, metric, value, low, high, "mcnemar")
-    samples = [arm.samples.get(metric) for arm in (ours, theirs)]
-    if any(side is None for side in samples):
-        return None
-    low, high = of_samples(value, *samples)  # type: ignore[arg-type]
-    return PairedDifference(one, other, metric, value, low, high, "bootstrap")
+    low, high = of_samples(value, *(np.asarray(arm.samples) for arm in (ours, theirs)))
+    return PairedDifference(name, against, metric, value, low, high, "bootstrap")
 
 
-def _is_its_mean(right: np.ndarray, score: Any) -> bool:
+def kept(found: Evaluation, metric: str | None) -> dict[str, Any]:
+    """What an arm keeps of its rows, to be compared with others later: `right` or `samples` of `Arm`."""
+    score = None if metric is None else found.scores.get(f"eval_{metric}")
+    if metric is None or not isinstance(score, int | float) or not math.isfinite(score):
+        return {}
+    if found.right is not None and _is_its_mean(found.right, score):
+        return {"right": "".join("-" if np.isnan(row) else str(int(row)) for row in found.right)}
+    samples = found.samples.get(metric)
+    return {} if samples is None else {"samples": samples.tolist()}
+
+
+def _as_numbers(right: str) -> np.ndarray:
+    return np.array([math.nan if row == "-" else float(row) for row in right])
+
+
+def _is_its_mean(right: np.ndarray, score: float) -> bool:
     """Whether a score is the share of rows that are right."""
     return bool(np.isfinite(right).any()) and abs(float(np.nanmean(right)) - score) < 1e-6

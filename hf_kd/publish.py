@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
+from hf_kd.elsewhere import is_elsewhere
 from hf_kd.pages import HTML_FILE, write_html
 from hf_kd.records import OPTIONS_FILE, TEACHER_FILE, write_options
 from hf_kd.results import Results
@@ -211,9 +212,12 @@ def gather(folder: Path, target: Path) -> None:
 
 
 def without_paths(value: Any) -> Any:
-    """Options or provenance with only the last part of every path of this machine."""
+    """Options or provenance without addresses of teachers, and with the last part of this machine's paths."""
     if isinstance(value, Mapping):
-        return {key: without_paths(item) for key, item in value.items()}
+        return {
+            key: "ADDRESS" if key == "teacher" and is_elsewhere(item) else without_paths(item)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
         return [without_paths(item) for item in value]
     if not isinstance(value, str):

@@ -20,8 +20,8 @@ from hf_kd.verdict import number
 _ROWS: dict[str, Callable[[Arm], str | None]] = {
     "KL to teacher (nats)": lambda arm: None if arm.eval_kl is None else decimal(arm.eval_kl),
     "agreement": lambda arm: None if arm.eval_agreement is None else _percent(arm.eval_agreement),
-    "parameters": lambda arm: _count(arm.parameters),
-    "MB in memory": lambda arm: decimal(arm.bytes / 1e6),
+    "parameters": lambda arm: None if arm.parameters is None else _count(arm.parameters),
+    "MB in memory": lambda arm: None if arm.bytes is None else decimal(arm.bytes / 1e6),
     "MB on disk": lambda arm: None if arm.bytes_on_disk is None else decimal(arm.bytes_on_disk / 1e6),
     "peak MB, forward": lambda arm: None if arm.peak_memory is None else decimal(arm.peak_memory / 1e6),
     "latency (ms ± IQR)": lambda arm: _latency(arm),
@@ -30,7 +30,13 @@ _ROWS: dict[str, Callable[[Arm], str | None]] = {
 }
 
 # Metrics that describe the data or the teacher and not the arm: in the file, not in the table.
-_NOT_SHOWN = {"teacher_entropy"}
+_NOT_SHOWN = {"teacher_entropy", "teacher_mass_kept"}
+# What is said of a teacher of which some entries are known alone.
+_SHOWN_AS = {
+    "kl_tail": "KL to teacher, at least (nats)",
+    "kl_draws": "KL to teacher, estimate (nats)",
+    "student_mass_kept": "mass on the teacher's entries",
+}
 
 _ARMS_IN_A_TABLE = 3
 
@@ -103,7 +109,7 @@ def comparison(results: Results, names: Sequence[str]) -> list[Row]:
     for metric in _metrics(results):
         primary = metric == results.primary_metric
         known = any(results.standard_error(name, metric) is not None for name in names)
-        label = f"{metric} (± SE)" if known else metric
+        label = f"{metric} (± SE)" if known else _SHOWN_AS.get(metric, metric)
         rows.append(Row(label, [_metric(results, name, metric) for name in names], primary))
     for label, show in _ROWS.items():
         cells = [show(results.arms[name]) or "–" for name in names]
@@ -157,6 +163,8 @@ def headline(results: Results) -> list[tuple[str, str]]:
         (label, f"not defined: {ratio.reason}" if ratio.value is None else _percent(ratio.value))
         for label, ratio in shown
     ]
+    if "teacher" not in results.arms:
+        lines = [("Teacher", "its own score is not known")]
     paired = results.difference("student", "control")
     if paired is not None:
         ends = f"{number(paired.low)} to {number(paired.high)}"

@@ -26,7 +26,7 @@ from hf_kd.schema import build, to_json
 from hf_kd.slices import Slice
 from hf_kd.verdict import number, verdict
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 # No count of anything is above; integers of any size are not numbers that one can divide.
 _LARGEST = 1 << 63
@@ -89,8 +89,8 @@ class Arm:
 
     Attributes:
         metrics: task metrics by name, without an `eval_` prefix.
-        parameters: number of parameters, tied ones once.
-        bytes: of parameters and buffers in memory, tied ones once.
+        parameters: number of parameters, tied ones once; None if not known (a teacher elsewhere).
+        bytes: of parameters and buffers in memory, tied ones once; None likewise.
         eval_kl: mean KL(teacher || model) at T = 1 over supervised positions, in nats; None if not measured.
         eval_agreement: share of positions with the teacher's top-1 class, in [0, 1]; None if not measured.
         bytes_on_disk: of the saved weights; None if not saved.
@@ -98,17 +98,23 @@ class Arm:
         peak_memory: most bytes at one time during a forward pass on the batch of the first latency: weights,
             buffers and what is computed on the way; None if not measured.
         errors: standard errors by metric, where they don't follow from its value.
+        right: where the primary metric is a share of rows, which it is right on: "1", "0", or "-" for a row
+            without a label, in the order of the rows.
+        samples: for other primary metrics, its values on bootstrap samples of the rows; the same draws for
+            the same number of rows.
     """
 
     metrics: dict[str, float]
-    parameters: int
-    bytes: int
+    parameters: int | None
+    bytes: int | None
     eval_kl: float | None = None
     eval_agreement: float | None = None
     bytes_on_disk: int | None = None
     latency: list[Latency] = field(default_factory=list)
     peak_memory: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
+    right: str | None = None
+    samples: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -127,8 +133,9 @@ class Results:
         task: name of the task, e.g. "image-classification".
         primary_metric: what quality is judged by, a key of each arm's `metrics`; None without labels.
         greater_is_better: False for metrics such as loss and perplexity.
-        arms: by name. "teacher" and "student" are required; "control" is the same student trained without the
-            teacher; other names are further students.
+        arms: by name. "student" is required; "teacher" is there where its answers can be scored (the entries
+            that a server gives can't); "control" is the same student trained without the teacher; other names
+            are further students.
         examples: rows of the evaluation data, for standard errors; None if not known.
         machine: what the measurements ran on, see `hf_kd.measure.machine`.
         provenance: what was run (dataset, seed, recipe, versions), of the caller's choice.
@@ -159,7 +166,7 @@ class Results:
 
     def __post_init__(self) -> None:
         """Refuse what no report could show."""
-        problems = [f"arms has no {name!r}" for name in ("teacher", "student") if name not in self.arms]
+        problems = [] if "student" in self.arms else ["arms has no 'student'"]
         if self.examples is not None and not 1 <= self.examples < _LARGEST:
             problems.append(f"examples is {self.examples}: give the number of evaluation rows, or None")
         for name, arm in self.arms.items():
@@ -316,7 +323,8 @@ class Results:
         """The scores of the arms called `names`, or why they cannot be compared."""
         missing = [name for name in names if name not in self.arms]
         if missing:
-            return [], f"no {missing[0]} was trained"
+            trained = missing[0] != "teacher"
+            return [], f"no {missing[0]} was trained" if trained else "the teacher's own score is not known"
         scores = [score for name in names if (score := self.score(name)) is not None]
         if len(scores) < len(names):
             return [], "there is no metric to judge by (no labels)"
@@ -336,6 +344,8 @@ def _arm_problems(arm: Arm, primary_metric: str | None) -> list[str]:
             problems.append(f"{name} is {value}, below 0")
         elif value >= _LARGEST:
             problems.append(f"{name} is too large")
+    if set(arm.right or "") - set("01-"):
+        problems.append("right has other characters than 0, 1 and -")
     agreement = arm.eval_agreement
     if agreement is not None and (agreement < 0 or agreement > 1):
         problems.append(f"eval_agreement is {agreement}, outside [0, 1]")

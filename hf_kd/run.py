@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.text import Text
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
 
-from hf_kd import checks, locks, report, served_run, whole
+from hf_kd import checks, locks, report, whole
 from hf_kd.card import write_card
 from hf_kd.comparison import compare
 from hf_kd.config import DistillationArguments
+from hf_kd.elsewhere import joined
 from hf_kd.findings import Problem
 from hf_kd.live_report import numbers_of
 from hf_kd.options import DistillationOptions, RunOptions
@@ -39,7 +41,7 @@ from hf_kd.setting import (
 )
 from hf_kd.settling import describe_target
 from hf_kd.trainer import DistillationTrainer
-from hf_kd.waiting import WaitingTeacher, rested, woken
+from hf_kd.waiting import rested, woken
 
 
 def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
@@ -50,7 +52,7 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
         args: The trainer's arguments.
 
     Returns:
-        The results on rank 0, None on the others and where the teacher is elsewhere.
+        The results on rank 0, None on the others.
 
     Raises:
         ValueError: What does not exist or does not fit, before any training; or another run in `output_dir`.
@@ -60,10 +62,6 @@ def distill(run: RunOptions, args: DistillationArguments) -> Results | None:
 
 
 def _distill(run: RunOptions, args: DistillationArguments) -> Results | None:
-    if served_run.is_elsewhere(run.teacher):
-        resume = _checkpoint(args.resume_from_checkpoint, args.folder)
-        served_run.distill(run, args, described=describe, control=train_control, resume=resume)
-        return None
     meter = Meter(run.watts)
     wish, args = args, _unpublished(args)
     setting = load(run, args)
@@ -78,6 +76,7 @@ def _distill(run: RunOptions, args: DistillationArguments) -> Results | None:
         )
     initial = copy.deepcopy(setting.student)
     trainer = distiller(setting)
+    setting = joined(setting, trainer)
     again = setting.run, args
     setting = rested(setting, trainer, partial(load_named_teacher, *again), partial(other_teachers, *again))
     console.rule("student", align="left")
@@ -96,7 +95,8 @@ def _distill(run: RunOptions, args: DistillationArguments) -> Results | None:
     if control is not None:
         models["control"] = control
     setting = woken(setting, identity)
-    models = {"teacher": setting.teacher, **models}
+    if isinstance(setting.teacher, nn.Module):
+        models = {"teacher": setting.teacher, **models}
     results = compare(setting, models, history, meter=meter)
     if results is None:
         return None
@@ -137,8 +137,6 @@ def check(run: RunOptions, args: DistillationArguments, *, launch: str) -> list[
     Returns:
         The problems found.
     """
-    if served_run.is_elsewhere(run.teacher):
-        return served_run.check(run, args)
     setting = load(run, args)
     console = setting.console
     trainer = distiller(setting)
@@ -169,13 +167,10 @@ def refuse_problems(setting: Setting) -> None:
 def distiller(setting: Setting) -> DistillationTrainer:
     """The trainer that the run is about."""
     wanted = setting.args.needs_teacher and setting.args.self_teacher is None
-    teaching: Any = setting.teaching
-    if isinstance(teaching, WaitingTeacher):
-        teaching = teaching.name_or_path  # compared by name, and not loaded
     trainer = DistillationTrainer(
         setting.student,
         setting.args,
-        teacher=teaching if wanted else None,
+        teacher=setting.teaching if wanted else None,
         task=setting.run.task,
         teacher_processing_class=setting.teacher_processor,
         **wiring(setting.data, setting.processor),

@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from hf_kd import cutting
+from hf_kd import cutting, elsewhere
 from hf_kd.config import DistillationArguments
 from hf_kd.data.labels import describe_labels
 from hf_kd.data.prepare import PREPARE, Prepared, prepare
 from hf_kd.data.processors import load_processor
 from hf_kd.data.sources import load_raw
+from hf_kd.elsewhere import Elsewhere, is_elsewhere
 from hf_kd.fresh import build_model, fresh_student
 from hf_kd.loading import check_path, load_model, task_of_checkpoint
 from hf_kd.metrics import BUILT_IN
@@ -32,7 +33,7 @@ from hf_kd.students.memory import VOCABULARY
 from hf_kd.teachers.quantise import loading_options
 from hf_kd.trainer import DistillationTrainer
 from hf_kd.trust import code_metrics
-from hf_kd.waiting import is_read, waiting
+from hf_kd.waiting import WaitingTeacher, is_read, waiting
 
 TRAINED_FILE = "trained.json"
 
@@ -65,7 +66,7 @@ class Setting:
         run: Models and data as they were asked for, with the task filled in.
         args: The trainer's arguments.
         console: Prints on rank 0, silent elsewhere.
-        teacher: The teacher.
+        teacher: The teacher: a model, or what stands for one that is not in memory.
         student: The student, before training.
         processor: The student's tokenizer, image processor or feature extractor.
         teacher_processor: The teacher's.
@@ -78,7 +79,7 @@ class Setting:
     run: RunOptions
     args: DistillationArguments
     console: Console
-    teacher: PreTrainedModel
+    teacher: Any
     student: PreTrainedModel
     processor: Any
     teacher_processor: Any
@@ -88,8 +89,10 @@ class Setting:
     untrained: bool = False
 
     @property
-    def teaching(self) -> PreTrainedModel | list[PreTrainedModel]:
-        """The teacher, or all of them."""
+    def teaching(self) -> Any:
+        """The teacher, or all of them; by name, where it is not in memory."""
+        if isinstance(self.teacher, WaitingTeacher | Elsewhere):
+            return self.teacher.name_or_path
         return [self.teacher, *self.others] if self.others else self.teacher
 
 
@@ -111,13 +114,24 @@ def load(run: RunOptions, args: DistillationArguments) -> Setting:
     with args.main_process_first(desc="loading the data"):
         raw, run = _load_named(run, args)
     shared: dict[str, Any] = {"task": run.task, "trust_remote_code": args.trust_remote_code}
-    teacher_processor = load_processor(run, raw, revision=args.teacher_revision, **shared)
-    processor = load_processor(run, raw, role="student", **shared) if run.student else teacher_processor
+
+    def own_processor() -> Any:
+        return load_processor(run, raw, role="student", **shared)
+
+    teacher: Any = Elsewhere(str(run.teacher)) if is_elsewhere(run.teacher) else None
+    student: Any = None
     left = left_teacher(run, args) if run.train_teacher else None
-    teacher: Any = left
-    if left is None and run.student and is_read(args) and not (run.train_teacher or run.teachers):
-        teacher = waiting(run, args, partial(load_named_teacher, run, args))
-    teacher = teacher or load_teacher(run, args, raw, teacher_processor)
+    if teacher is not None:
+        # Nothing of the teacher is here to prepare rows by.
+        teacher_processor = processor = own_processor()
+        student = load_student(run, args, teacher, None, None, console)
+    else:
+        teacher_processor = load_processor(run, raw, revision=args.teacher_revision, **shared)
+        processor = own_processor() if run.student else teacher_processor
+        teacher = left
+        if left is None and run.student and is_read(args) and not (run.train_teacher or run.teachers):
+            teacher = waiting(run, args, partial(load_named_teacher, run, args))
+        teacher = teacher or load_teacher(run, args, raw, teacher_processor)
 
     def prepared(model: PreTrainedModel, own: Any, other: Any) -> Prepared:
         with args.main_process_first(desc="preparing the rows"):
@@ -126,13 +140,14 @@ def load(run: RunOptions, args: DistillationArguments) -> Setting:
             )
         return made.shuffled(args.seed, run.stream_buffer)
 
-    teacher_data = prepared(teacher, teacher_processor, None)
+    teacher_data = prepared(student or teacher, teacher_processor, None)
     vocab = None
     if run.cuts:
         with args.main_process_first(desc="the student's tokens"):
             processor, vocab = cutting.trimmed(run, teacher_processor, teacher_data)
-    student = load_student(run, args, teacher, teacher_data, vocab, console)
+    student = student or load_student(run, args, teacher, teacher_data, vocab, console)
     same = processor is teacher_processor and _labels(student) == _labels(teacher)
+    same = same or isinstance(teacher, Elsewhere)
     # A trimmed student's ids are turned into the teacher's, which needs no columns of its own.
     beside = None if cutting.is_trimmed(student) else teacher_processor
     return Setting(
@@ -152,7 +167,8 @@ def load(run: RunOptions, args: DistillationArguments) -> Setting:
 
 def _load_named(run: RunOptions, args: DistillationArguments) -> tuple[DatasetDict, RunOptions]:
     """Load the data and find the task; everything that does not exist is one message."""
-    problems: list[str] = []
+    away = is_elsewhere(run.teacher)
+    problems: list[str] = elsewhere.obstacles(run) if away else []
 
     def attempt(load: Callable[[], Any]) -> Any:
         try:
@@ -160,7 +176,7 @@ def _load_named(run: RunOptions, args: DistillationArguments) -> tuple[DatasetDi
         except ValueError as error:
             problems.append(str(error))
 
-    for option in ("teacher", "student"):
+    for option in ("student",) if away else ("teacher", "student"):
         name = getattr(run, option)
         if name:
             attempt(partial(check_path, name, option))
@@ -177,7 +193,9 @@ def _load_named(run: RunOptions, args: DistillationArguments) -> tuple[DatasetDi
             f"trust_remote_code=true to run it, or use one of {', '.join(sorted(BUILT_IN))}"
         )
     task = run.task
-    if task is None and run.teacher:
+    if task is None and away:
+        task = None if problems else attempt(partial(elsewhere.task_of, run, args))
+    elif task is None and run.teacher:
         shared = {"revision": args.teacher_revision, "trust_remote_code": args.trust_remote_code}
         task = (
             None if problems else attempt(partial(task_of_checkpoint, run.teacher, role="teacher", **shared))
@@ -358,12 +376,13 @@ def load_student(
     run: RunOptions,
     args: DistillationArguments,
     teacher: PreTrainedModel,
-    data: Prepared,
+    data: Prepared | None,
     vocab: list[int] | None,
     console: Console,
 ) -> PreTrainedModel:
     """The student: a checkpoint of its own, a cut of the teacher, or a fresh one of other sizes."""
     if run.cuts:
+        assert data is not None
         with cutting.overheard() as said:
             batches = cutting.calibration(run, data, seed=args.seed)
             made = cutting.cut(run, teacher, batches=batches, vocab=vocab, seed=args.seed)

@@ -14,9 +14,11 @@ from matplotlib.figure import Figure
 from hf_kd.charts import logarithmic
 from hf_kd.drawing import COLOURS, INK, MARKERS, OTHER_MARKERS, OTHERS, new_figure, save_png, style, svg
 from hf_kd.pages import environment
+from hf_kd.paired import between
 from hf_kd.records import write_text
 from hf_kd.report import decimal, provenance
 from hf_kd.results import Arm, Results
+from hf_kd.verdict import number
 
 HTML_FILE, MARKDOWN_FILE = "sweep.html", "sweep.md"
 
@@ -30,8 +32,12 @@ class Cost:
     of: Callable[[Arm], float | None]
 
 
+def _millions(count: int | None) -> float | None:
+    return None if count is None else count / 1e6
+
+
 COSTS: dict[str, Cost] = {
-    "parameters": Cost("parameters (millions)", "M parameters", lambda arm: arm.parameters / 1e6),
+    "parameters": Cost("parameters (millions)", "M parameters", lambda arm: _millions(arm.parameters)),
     "latency": Cost(
         "latency of a batch (ms, median)",
         "latency (ms)",
@@ -40,7 +46,7 @@ COSTS: dict[str, Cost] = {
     "bytes": Cost(
         "size on disk (MB; in memory where not saved)",
         "MB",
-        lambda arm: (arm.bytes if arm.bytes_on_disk is None else arm.bytes_on_disk) / 1e6,
+        lambda arm: _millions(arm.bytes if arm.bytes_on_disk is None else arm.bytes_on_disk),
     ),
 }
 
@@ -74,6 +80,7 @@ class Sweep:
         entries: All models, a teacher that runs share once.
         runs: The runs by name.
         notes: What a reader should know.
+        same_rows: Whether all are known to have been scored on the same rows.
     """
 
     metric: str
@@ -81,6 +88,7 @@ class Sweep:
     entries: list[Entry]
     runs: dict[str, Results]
     notes: list[str]
+    same_rows: bool = False
 
     def front(self, cost: str) -> list[Entry]:
         """Teachers and students that no other beats (as good and as cheap, better in one), cheapest first.
@@ -103,22 +111,31 @@ class Sweep:
 
     @property
     def verdict(self) -> str:
-        """The smallest student that is within its error of the best one, in a sentence."""
+        """The smallest student that can't be told from the best one, in a sentence."""
         students = [e for e in self.entries if e.role not in ("teacher", "control")]
         sign = 1.0 if self.greater_is_better else -1.0
         best = max(students, key=lambda e: sign * e.score)
-        near = [
-            e for e in students if sign * (best.score - e.score) <= math.hypot(best.error or 0, e.error or 0)
-        ]
-        small = min(near, key=lambda e: e.arm.parameters)
+        small, how = best, ""
+        for entry in sorted(students, key=_size):
+            said = None if entry is best else self._near(entry, best)
+            if said is not None:
+                small, how = entry, said
+                break
         said = f"The best of {len(students)} students is {best.name} ({self.metric} {best.score:.4g})."
-        if small is best or small.arm.parameters == best.arm.parameters:
+        if _size(small) >= _size(best):
             return said
-        share = small.arm.parameters / best.arm.parameters
-        return (
-            f"{said} {small.name} ({small.score:.4g}) is within the standard error of it with {share:.0%} of "
-            "its parameters."
-        )
+        share = _size(small) / _size(best)
+        return f"{said} {small.name} ({small.score:.4g}), with {share:.0%} of its parameters, {how}."
+
+    def _near(self, entry: Entry, best: Entry) -> str | None:
+        """How a student is near the best one; None if it is known to be worse."""
+        named = (entry.name, entry.arm), (best.name, best.arm)
+        paired = between(*named, self.metric) if self.same_rows else None
+        if paired is not None:
+            ends = f"95 % interval of the difference {number(paired.low)} to {number(paired.high)}"
+            return None if paired.is_clear else f"can't be told from it on these rows ({ends})"
+        apart = math.hypot(best.error or 0, entry.error or 0)
+        return "is within the standard error of it" if abs(best.score - entry.score) <= apart else None
 
 
 def combine(paths: Sequence[Path]) -> Sweep:
@@ -156,7 +173,12 @@ def combine(paths: Sequence[Path]) -> Sweep:
     }
     if len(machines) > 1:
         notes.append("The runs were timed on different machines or threads: latencies can't be compared.")
-    return Sweep(first.primary_metric, first.greater_is_better, _entries(runs), runs, notes)
+    same = len(known) == len(runs) and len({run.examples for run in runs.values()}) == 1
+    return Sweep(first.primary_metric, first.greater_is_better, _entries(runs), runs, notes, same)
+
+
+def _size(entry: Entry) -> int:
+    return entry.arm.parameters or 0
 
 
 def _names(files: Sequence[Path]) -> list[str]:
@@ -194,14 +216,14 @@ def _entries(runs: dict[str, Results]) -> list[Entry]:
             made.append(Entry(shown, role, arm, score, run.standard_error(role)))
     if len(teachers) == 1:
         made = [Entry("teacher", e.role, e.arm, e.score, e.error) if e.role == "teacher" else e for e in made]
-    return sorted(made, key=lambda e: (e.role != "teacher", -e.arm.parameters, e.role == "control"))
+    return sorted(made, key=lambda e: (e.role != "teacher", -_size(e), e.role == "control"))
 
 
 def charts(sweep: Sweep) -> dict[str, Figure]:
-    """Quality against each cost that every model has, with the front as a line."""
+    """Quality against each cost that every student has, with the front as a line."""
     made = {}
     for name, cost in COSTS.items():
-        values = [cost.of(entry.arm) for entry in sweep.entries]
+        values = [cost.of(entry.arm) for entry in sweep.entries if entry.role != "teacher"]
         if any(value is None or not value > 0 for value in values):
             continue
         with style():
@@ -222,9 +244,12 @@ def _draw(sweep: Sweep, name: str, cost: Cost) -> Figure:
     )
     further = sorted({e.role for e in sweep.entries} - set(COLOURS))
     named: set[str] = set()
-    for number, entry in enumerate(sweep.entries, start=1):
+    for place, entry in enumerate(sweep.entries, start=1):
+        price = cost.of(entry.arm)
+        if not price:
+            continue  # of a teacher elsewhere
         ink = COLOURS.get(entry.role) or OTHERS[further.index(entry.role) % len(OTHERS)]
-        at = (cost.of(entry.arm) or 0.0, entry.score)
+        at = (price, entry.score)
         axes.errorbar(
             [at[0]],
             [at[1]],
@@ -239,7 +264,7 @@ def _draw(sweep: Sweep, name: str, cost: Cost) -> Figure:
         )
         named.add(entry.role)
         axes.annotate(
-            str(number),
+            str(place),
             at,
             xytext=(7, -13 if entry.role == "control" else 5),
             textcoords="offset points",
@@ -262,21 +287,25 @@ def table(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     }
     header = ["", "model", sweep.metric, "quality kept", "KL to teacher", *(c.column for c in shown.values())]
     fronts = {name: sweep.front(name) for name in shown}
-    teacher = next(e for e in sweep.entries if e.role == "teacher")
+    teacher = next((e for e in sweep.entries if e.role == "teacher"), None)
+    several = sum(e.role == "teacher" for e in sweep.entries) > 1
     rows = []
-    for number, entry in enumerate(sweep.entries, start=1):
-        above, below = (entry, teacher) if sweep.greater_is_better else (teacher, entry)
-        kept = f"{100 * above.score / below.score:.1f} %" if below.score > 0 and above.score >= 0 else "–"
-        if entry.role == "teacher" or sum(e.role == "teacher" for e in sweep.entries) > 1:
-            kept = "–"
+    for place, entry in enumerate(sweep.entries, start=1):
+        kept = "–"
+        if teacher is not None and entry.role != "teacher" and not several:
+            above, below = (entry, teacher) if sweep.greater_is_better else (teacher, entry)
+            if below.score > 0 and above.score >= 0:
+                kept = f"{100 * above.score / below.score:.1f} %"
         error = "" if entry.error is None else f" ± {decimal(entry.error)}"
         costs = []
         for name, cost in shown.items():
             value = cost.of(entry.arm)
             star = " ★" if entry in fronts[name] else ""
             costs.append("–" if value is None else f"{decimal(value)}{star}")
-        kl = "–" if entry.arm.eval_kl is None else decimal(entry.arm.eval_kl)
-        rows.append([str(number), entry.name, f"{decimal(entry.score)}{error}", kept, kl, *costs])
+        least = entry.arm.metrics.get("kl_tail")
+        kl = "–" if least is None else f"≥ {decimal(least)}"
+        kl = kl if entry.arm.eval_kl is None else decimal(entry.arm.eval_kl)
+        rows.append([str(place), entry.name, f"{decimal(entry.score)}{error}", kept, kl, *costs])
     return header, rows
 
 

@@ -21,6 +21,7 @@ from hf_kd.alignment import tokenizer_of
 from hf_kd.loading import load_model
 from hf_kd.losses.heads import HeadSpec, UnsupportedHead, find_head, head_inputs
 from hf_kd.losses.tiles import Head, HiddenTeacher
+from hf_kd.measure import count_parameters, model_bytes
 from hf_kd.options import TeachOptions
 from hf_kd.tasks import resolve_task
 from hf_kd.teachers.cache.keys import pieces, present
@@ -87,6 +88,8 @@ class Desk:
             "id2label": {str(key): str(value) for key, value in labels.items()},
             "vocab_size": int(size if head is None else head.weight.shape[0]),
             "students": students,
+            "parameters": count_parameters(self.teacher.model),
+            "bytes": model_bytes(self.teacher.model),
         }
 
     def learn(self, view: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

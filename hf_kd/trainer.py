@@ -181,7 +181,8 @@ class DistillationTrainer(Trainer):
         self._checked: set[bool] = set()  # for what: training, evaluation
         self._load_result: Any = None
         self.estimator: Estimator | None = None  # of a sparse teacher, from the first step on
-        self._sparse = False
+        #: Whether the teacher gives some entries of its distribution alone; the checks find out.
+        self.sparse = False
         self.terms = TermLog()
         self.scores = Scores()  # of the evaluation in hand
         self.meter = Meter()
@@ -264,7 +265,7 @@ class DistillationTrainer(Trainer):
         for warning in report.warnings if warn else ():
             logger.warning(warning)
         report.raise_problems()
-        self._sparse |= report.sparse
+        self.sparse |= report.sparse
         self._checked.add(training)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -325,7 +326,7 @@ class DistillationTrainer(Trainer):
     ) -> tuple[list[Any], Any]:
         """Fetch the micro-batches of one optimizer step and count its supervision over all ranks."""
         self.terms.begin_step()
-        if self._sparse:
+        if self.sparse:
             self.estimator = self.estimator or settle(self)
             self.objective = self.estimator.apply(self.objective)
         batches, _ = super().get_batch_samples(self.ahead.source(epoch_iterator), num_batches, device)

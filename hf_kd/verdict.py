@@ -16,19 +16,32 @@ def verdict(results: Results) -> str:
 
 
 def _kept(results: Results) -> str:
-    teacher, student = results.arms["teacher"], results.arms["student"]
-    cost = f"{percent(student.parameters / max(1, teacher.parameters))} of its parameters"
-    if teacher.latency and student.latency and teacher.latency[0].median_ms:
-        ratio = student.latency[0].median_ms / teacher.latency[0].median_ms
-        cost += f" and {percent(ratio)} of its latency"
+    student = results.arms["student"]
     kept, (scores, _) = results.quality_kept, results.scores("teacher", "student")
     if kept.value is not None:
         quality = f"quality ({results.primary_metric} {number(scores[1])}, teacher {number(scores[0])})"
-        return f"The student keeps {percent(kept.value)} of the teacher's {quality} at {cost}."
-    if results.primary_metric is not None or student.eval_kl is None or student.eval_agreement is None:
+        return f"The student keeps {percent(kept.value)} of the teacher's {quality}{_cost(results)}."
+    # Of a teacher that can't be scored, how far the student is from it is all there is to say.
+    silent = results.primary_metric is None or "teacher" not in results.arms
+    least = student.metrics.get("kl_tail")
+    distance = least if student.eval_kl is None else student.eval_kl
+    if not silent or distance is None or student.eval_agreement is None:
         return f"Quality kept is not known: {kept.reason}."
-    behaviour = f"{percent(student.eval_agreement)} of the positions, {student.eval_kl:.3g} nats (KL) away"
-    return f"The student agrees with the teacher on {behaviour}, at {cost}."
+    far = f"{'at least ' if student.eval_kl is None else ''}{distance:.3g} nats (KL) away"
+    agreed = f"{percent(student.eval_agreement)} of the positions, {far}"
+    return f"The student agrees with the teacher on {agreed}{_cost(results)}."
+
+
+def _cost(results: Results) -> str:
+    """What the student costs beside its teacher, as far as that is known."""
+    teacher, student = results.arms.get("teacher"), results.arms["student"]
+    said = []
+    if teacher and teacher.parameters and student.parameters is not None:
+        said.append(f"{percent(student.parameters / teacher.parameters)} of its parameters")
+    if teacher and teacher.latency and student.latency and teacher.latency[0].median_ms:
+        ratio = student.latency[0].median_ms / teacher.latency[0].median_ms
+        said.append(f"{percent(ratio)} of its latency")
+    return f" at {' and '.join(said)}" if said else ""
 
 
 def _helped(results: Results) -> str:

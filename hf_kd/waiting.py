@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_kd.teachers import CachedTeacher
@@ -66,7 +67,7 @@ def rested(
     The caller holds no other reference, and the memory is free.
     """
     cached = isinstance(trainer.teacher, CachedTeacher) and trainer.teacher.live is None
-    if not cached or isinstance(setting.teacher, WaitingTeacher):
+    if not cached or not isinstance(setting.teacher, nn.Module):
         return setting
     stand_in: Any = WaitingTeacher(setting.teacher.config, str(setting.teacher.name_or_path), load, others)
     rest = replace(setting, teacher=stand_in, others=())

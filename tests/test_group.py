@@ -28,7 +28,9 @@ from hf_kd import DistillationArguments, DistillationTrainer, TeacherSignal
 from hf_kd.cli import main
 from hf_kd.data.processors import train_tokenizer
 from hf_kd.losses.projected import head_logits
+from hf_kd.measure import model_bytes
 from hf_kd.options import TeachOptions
+from hf_kd.results import Results
 from hf_kd.tasks import resolve_task
 from hf_kd.teachers import ModelTeacher
 from hf_kd.teachers.cache.make import CacheSettings, tokenizer_hash
@@ -81,6 +83,7 @@ class Group:
         self.store = dist.TCPStore(
             "127.0.0.1", self.port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
         )
+        self.desk = desk
         self.store.set(HELLO, json.dumps(desk.hello(students)))
         self.said: list[str] = []
         self.status: list[int] = []
@@ -273,7 +276,7 @@ def test_headers_of_any_kind_are_refused(header: str) -> None:
         read_header(header.encode())
 
 
-@pytest.mark.parametrize("said", ["", "[]", '{"protocol": 1}', '{"protocol": 2}', '{"protocol": 1, "x": 1}'])
+@pytest.mark.parametrize("said", ["", "[]", '{"protocol": 2}', '{"protocol": 1}', '{"protocol": 2, "x": 1}'])
 def test_something_else_at_the_address(said: str) -> None:
     with pytest.raises(GroupError, match="the same version of hf_kd"):
         read_hello(said.encode(), "torch://x:1")
@@ -420,9 +423,18 @@ def test_from_the_command_line(tmp_path: Path, capsys: Any) -> None:
         f"--dataset {tmp_path / 'text.txt'} --max_length 16 --report_to none --output_dir {tmp_path / 'out'}"
     )
     assert main(["distill", *options.split()]) == 0
-    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert set(found) == {"student", "control"}
-    assert all(found[name]["eval_kl"] > 0 for name in found)
+    results = Results.read(tmp_path / "out" / "results.json")
+    assert list(results.arms) == ["teacher", "student", "control"]
+    taught, student, control = results.arms.values()
+    assert taught.metrics["perplexity"] > 1 and student.eval_kl > 0 and control.eval_kl > 0
+    # What it costs there is not known here, but for its size.
+    assert taught.parameters == sum(p.numel() for p in LlamaForCausalLM(config).parameters())
+    assert taught.bytes == model_bytes(LlamaForCausalLM(config))
+    assert not taught.latency and taught.peak_memory is None
+    assert student.latency and results.positions[0].kl["student"] > 0
+    assert [(d.one, d.other) for d in results.differences] == [("student", "control"), ("student", "teacher")]
+    assert results.provenance["teacher_identity"] == group.desk.teacher.identity
+    assert "a teacher in processes of its own" in (tmp_path / "out" / "README.md").read_text("utf-8")
     assert main(["distill", *options.replace("--student ", "--student_config {} --processor ").split()]) == 2
     assert "of which no student can be cut" in capsys.readouterr().err
 

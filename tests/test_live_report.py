@@ -162,11 +162,23 @@ def test_what_cannot_be_compared_is_refused_with_the_way_out(reported):
 
 
 def test_several_teachers_have_no_weight_and_time_of_their_own(tmp_path):
-    trainer = trainer_in(tmp_path, teacher=[bert(2, ["b", "a"], 5), bert(1, ["b", "a"], 6)])
+    trainer = trainer_in(tmp_path, teacher=[bert(2, ["b", "a"], 5), bert(1, ["a", "b"], 6)])
+    results = trainer.report()
+    taught = results.arms["teacher"]
+    assert taught.parameters is None and not taught.latency and results.arms["student"].latency
+    answers = [trainer.teacher({"input_ids": torch.tensor([row["input_ids"]])}).dense() for row in rows()]
+    hits = [int(a["logits"].argmax()) == row["labels"] for a, row in zip(answers, rows(), strict=True)]
+    assert taught.metrics["accuracy"] == pytest.approx(sum(hits) / len(hits))
+    assert "of its parameters" not in results.verdict and "keeps" in results.verdict
+    results = trainer.report(teacher=bert(2, ["b", "a"], 5))
+    assert results.arms["teacher"].parameters > 0 and list(results.arms) == ["teacher", "student"]
+
+
+def test_a_student_that_is_its_own_teacher_is_compared_with_another_model(tmp_path):
+    trainer = trainer_in(tmp_path, teacher=bert(2, ["b", "a"], 5), alpha=0.0)
+    trainer.teacher = None
     with pytest.raises(ValueError, match="pass the model to compare with as teacher="):
         trainer.report()
-    results = trainer.report(teacher=bert(2, ["b", "a"], 5))
-    assert list(results.arms) == ["teacher", "student"]
 
 
 def test_a_trainer_publishes_student_card_report_and_options_and_can_try_again(reported, monkeypatch):

@@ -105,10 +105,9 @@ def test_a_folder_without_a_student_is_refused(tmp_path):
 
 
 def test_only_the_last_part_of_a_path_is_public(tmp_path):
-    assert without_paths({"a": [str(tmp_path / "x.csv")], "b": "owner/model", "c": 3}) == {
-        "a": ["x.csv"],
-        "b": "owner/model",
-        "c": 3,
+    given = {"a": [str(tmp_path / "x.csv")], "b": "owner/model", "c": 3, "teacher": "torch://10.0.0.7:29600"}
+    assert without_paths({"options": given}) == {
+        "options": {"a": ["x.csv"], "b": "owner/model", "c": 3, "teacher": "ADDRESS"}
     }
 
 

@@ -142,6 +142,21 @@ def test_without_labels_the_verdict_speaks_of_behaviour():
     assert "agrees with the teacher on 90.0 % of the positions, 0.1 nats" in results.verdict
 
 
+def test_of_a_teacher_that_gives_entries_alone_the_verdict_says_how_far_at_least():
+    whole = make(None, 30.0, 40.0, metric="perplexity", greater=False, error=0.5)
+    arms = {
+        name: replace(arm, eval_kl=None, metrics={**arm.metrics, "kl_tail": 0.25})
+        for name, arm in whole.arms.items()
+    }
+    results = replace(whole, arms=arms)
+    agreed = "The student agrees with the teacher on 90.0 % of the positions, at least 0.25 nats (KL) away."
+    assert results.verdict.startswith(f"{agreed} The teacher helped")
+    assert results.quality_kept.reason == "the teacher's own score is not known"
+    sized = {**arms, "teacher": Arm({"perplexity": 15.0}, 1000, 4000)}
+    kept = "keeps 50.0 % of the teacher's quality (perplexity 30, teacher 15) at 25.0 % of its parameters."
+    assert kept in replace(results, arms=sized).verdict
+
+
 def test_cost_is_in_the_verdict():
     results = make()
     fast = replace(results.arms["student"], latency=[replace(LATENCY, median_ms=1.0)])
@@ -231,6 +246,7 @@ def edit(path, change):
         (lambda c: c["arms"]["student"].update(metrics={}), "no primary metric 'accuracy'"),
         (lambda c: c["arms"]["student"]["metrics"].update(accuracy="x"), "arms.student.metrics.accuracy"),
         (lambda c: c["arms"]["student"].update(eval_agreement=91.0), "outside [0, 1]"),
+        (lambda c: c["arms"]["student"].update(right="012"), "right has other characters than 0, 1 and -"),
         (
             lambda c: c["arms"]["student"]["latency"][0].pop("device"),
             "arms.student.latency[0].device is missing",

@@ -177,6 +177,10 @@ def test_results_and_options_are_saved_beside_a_plain_student(finished):
     assert sum(p.numel() for p in model.parameters()) == results.arms["student"].parameters
     assert not any("teacher" in str(value) for value in model.config.to_dict().values())
     assert (out / "preprocessor_config.json").is_file()
+    folders = {
+        path.name for path in out.iterdir() if path.is_dir() and not path.name.startswith("checkpoint")
+    }
+    assert folders == {"control", "teacher"}
     run, args = parse(["--config", str(out / "distillation.yaml")])
     assert run.dataset == "builtin:digits" and args.alpha == 0.7
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from hf_kd.cli import main
 from hf_kd.data.processors import train_tokenizer
 from hf_kd.options import DistillationOptions
 from hf_kd.options.teacher import SERVER_FORMAT_NAMES
+from hf_kd.results import Results
 from hf_kd.teachers import transport
 from hf_kd.teachers.server import ServedTeacher, is_address, spelling_of
 from hf_kd.teachers.signal import SparseSignal, TeacherSignal
@@ -635,13 +635,22 @@ def test_the_command_line_with_a_server(tmp_path: Path, capsys: pytest.CaptureFi
         assert len(served.requests) == asked, "a cache that has all rows is read, and nobody is asked"
         assert main(["distill", *[word if word != "1" else "2" for word in command]]) == 2
         assert "temperature=2, but a server" in capsys.readouterr().err
-        assert main(["distill", *command, "--push_to_hub"]) == 2
-        assert "push_to_hub=True" in capsys.readouterr().err
         cut = [*command, "--student_layers", "1"]
         i = cut.index("--student")
         assert main(["distill", *cut[:i], *cut[i + 2 :]]) == 2
         assert "of which no student can be cut" in capsys.readouterr().err
-    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert set(found) == {"student", "control"}
-    assert all(found[name]["eval_kl_tail"] > 0 for name in found)
+    results = Results.read(tmp_path / "out" / "results.json")
+    assert set(results.arms) == {"student", "control"}, "entries of a distribution are no score"
+    assert results.provenance["teacher_identity"]["name"] == "tiny"
+    assert results.primary_metric == "perplexity" and results.difference("student", "control") is not None
+    for arm in results.arms.values():
+        assert arm.eval_kl is None and arm.metrics["kl_tail"] > 0 and 0 <= arm.eval_agreement <= 1
+        assert arm.parameters > 0 and arm.latency and arm.bytes_on_disk > 0
+    assert "at least" in results.verdict and "teacher's own score is not known" in results.gap_closed.reason
+    read = Results.read(tmp_path / "read" / "results.json")
+    assert read.arms["student"].metrics == pytest.approx(results.arms["student"].metrics, rel=1e-2)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "KL to teacher, at least (nats)" in page and "Training: every term of the loss" in page
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "a teacher on a server, there called tiny" in card and url not in card
     assert (tmp_path / "out" / "model.safetensors").is_file()

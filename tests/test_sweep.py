@@ -10,7 +10,8 @@ import pytest
 from hf_kd import cli
 from hf_kd.charts import logarithmic
 from hf_kd.drawing import new_figure, style
-from hf_kd.sweep import combine, table
+from hf_kd.results import Results
+from hf_kd.sweep import charts, combine, table
 
 from .test_report import arm, results
 
@@ -61,9 +62,48 @@ def test_where_less_is_better_the_front_turns_around(depths, tmp_path):
 def test_the_smallest_student_within_the_error_of_the_best_is_named(depths):
     assert combine(depths).verdict.startswith("The best of 4 students is layers-6 (accuracy 0.975).")
     assert (
-        "layers-4 (0.97) is within the standard error of it with 67% of its parameters"
+        "layers-4 (0.97), with 67% of its parameters, is within the standard error of it."
         in combine(depths).verdict
     )
+
+
+@pytest.mark.parametrize(
+    ("good", "said"),
+    [
+        (True, "layers-4 (0.97), with 67% of its parameters, can't be told from it on these rows"),
+        (False, "The best of 4 students is layers-6 (accuracy 0.975)."),
+    ],
+)
+def test_the_same_rows_tell_more_than_the_errors_of_the_scores(depths, good, said):
+    """Two students may be within each other's errors, and one be better on every row where they differ."""
+    best = "1" * 351 + "0" * 9
+    other = "0" * 5 + "1" * 347 + "0" * 8 if good else "1" * 340 + "0" * 20
+    for folder, right in ((depths[2], other), (depths[3], best)):
+        run = Results.read(folder / "results.json")
+        student = replace(run.arms["student"], right=right)
+        replace(run, arms={**run.arms, "student": student}).write(folder / "results.json")
+    verdict = combine(depths).verdict
+    assert verdict.startswith("The best of 4 students is layers-6 (accuracy 0.975).") and said in verdict
+    assert good or "layers-4" not in verdict
+    for folder in depths[2:]:  # other rows, or nobody knows
+        run = Results.read(folder / "results.json")
+        replace(run, provenance={}).write(folder / "results.json")
+    assert "is within the standard error of it" in combine(depths).verdict
+
+
+def test_runs_whose_teacher_was_elsewhere_have_a_page(depths):
+    for folder in depths:
+        run = Results.read(folder / "results.json")
+        arms = {
+            name: replace(arm, eval_kl=None, metrics={**arm.metrics, "kl_tail": 0.25})
+            for name, arm in run.arms.items()
+            if name != "teacher"
+        }
+        replace(run, arms=arms).write(folder / "results.json")
+    sweep = combine(depths)
+    header, rows = table(sweep)
+    assert len(rows) == 8 and all(row[3] == "–" and row[4] == "≥ 0.2500" for row in rows), rows
+    assert list(charts(sweep)) == ["parameters", "latency", "bytes"]
 
 
 def test_the_table_has_every_model_once_with_stars_on_the_front(depths):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: Of the messages; both sides must have the same.
-PROTOCOL = 1
+PROTOCOL = 2
 # Seconds for the last word.
 _FAREWELL = 5.0
 _SAME = "Give both sides the same version of hf_kd."
@@ -155,6 +155,11 @@ class GroupTeacher:
         return dict(self._hello["teacher"])
 
     @property
+    def size(self) -> dict[str, int]:
+        """Of the model there: `parameters`, and `bytes` in memory."""
+        return {name: self._hello[name] for name in ("parameters", "bytes")}
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """What the model there reads, plain and with the `teacher_` prefix."""
         names = self._hello["columns"]
@@ -268,7 +273,7 @@ def read_hello(text: bytes, address: str) -> dict[str, Any]:
     """
     kinds: dict[str, Any] = {
         "teacher": dict, "columns": list, "outputs": list, "tokenizer": str, "id2label": dict,
-        "vocab_size": int, "students": int | None,
+        "vocab_size": int, "students": int | None, "parameters": int, "bytes": int,
     }  # fmt: skip
     try:
         said = json.loads(text)
