@@ -35,8 +35,8 @@ class Balance:
     and backwards.
 
     Args:
-        times: How often; 0: never; None: up to 20 times, where that is at most 1 % of the run, each is logged,
-            and nothing is in the way.
+        times: How often; 0: never; None: up to 20 times, as far as that is at most 1 % of the run, each is
+            logged, and nothing is in the way.
     """
 
     def __init__(self, times: int | None) -> None:
