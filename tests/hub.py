@@ -5,9 +5,13 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest import mock
+
+from huggingface_hub import constants
 
 
 class Hub(ThreadingHTTPServer):
@@ -90,12 +94,15 @@ class _Answers(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def hub(broken=0):
+def hub(broken=0, token="hf_x"):
+    """Run it, as the Hub that this process knows: what HF_ENDPOINT and HF_TOKEN do when a process starts."""
     server = Hub(broken)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
+    here = mock.patch.multiple(constants, ENDPOINT=server.address, HF_HUB_OFFLINE=False)
     try:
-        yield server
+        with here, mock.patch.dict(os.environ, {"HF_TOKEN": token}):
+            yield server
     finally:
         server.shutdown()
         server.server_close()

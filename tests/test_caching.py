@@ -5,10 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,9 +24,9 @@ from hf_kd.results import Results
 from hf_kd.teachers.models import ModelTeacher
 from hf_kd.waiting import WaitingTeacher, woken
 
+from .faults.runs import join, two_ranks
 from .hub import hub
 
-ROOT = Path(__file__).parent.parent
 WORDS = "the film was good bad dull fine plot and actors are great or poor in every scene of it".split()
 TINY = (
     "--use_cpu --disable_tqdm --per_device_train_batch_size 4 --per_device_eval_batch_size 3 --report_to none"
@@ -226,19 +222,15 @@ def test_verify_finds_a_flipped_bit_and_writing_again_mends_it(texts, tmp_path, 
     assert cli.main(["cache", "verify", str(cache)]) == 0
 
 
+def run_command(argv):
+    assert cli.main(argv) == 0
+
+
 def test_two_ranks_write_one_cache(texts, tmp_path):
     cache = tmp_path / "cache"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    launch += [str(ROOT / "hf_kd" / "accelerate" / "cpu2.yaml"), "-m", "hf_kd", "cache"]
-    done = subprocess.run(
-        [*launch, *classifier(texts), "--cache_dir", str(cache)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = ["cache", *classifier(texts), "--cache_dir", str(cache)]
+    statuses = [join(process) for process in two_ranks(run_command, command, logs=tmp_path)]
+    assert statuses == [0, 0], [(tmp_path / f"rank{rank}.log").read_text()[-2000:] for rank in range(2)]
     rows = [
         sum(shard["rows"] for shard in json.loads(path.read_text())["shards"])
         for path in sorted(cache.glob("shards-*.json"))
@@ -252,11 +244,7 @@ def test_a_cache_is_uploaded_as_a_dataset(texts, tmp_path):
     cache = tmp_path / "cache"
     assert cli.main(["cache", *classifier(texts), "--cache_dir", str(cache)]) == 0
     with hub() as server:
-        env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-        env |= {"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_x", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "hf_kd", "cache", "push", str(cache), "said"]
-        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=120)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert cli.main(["cache", "push", str(cache), "said"]) == 0
         files = server.files["somebody/said"]
     assert {"manifest.json", "README.md", "shards-00000.json"} <= files.keys()
     assert any(name.endswith(".safetensors") for name in files) and ".lock" not in files

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +12,7 @@ import pytest
 import yaml
 from transformers import BertConfig, BertForSequenceClassification
 
+from hf_kd import cli
 from hf_kd.card import write_card
 from hf_kd.options import RunOptions
 from hf_kd.pages import write_html
@@ -23,7 +21,6 @@ from hf_kd.publish import publish, push_checkpoint, without_paths
 from .hub import hub
 from .test_report import results
 
-ROOT = Path(__file__).parent.parent
 TOKEN = "hf_not-to-be-seen"
 
 
@@ -55,17 +52,9 @@ def finished(tmp_path):
     return out
 
 
-def run_cli(server, *arguments):
-    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
-    env |= {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "hf_kd", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=120)
-
-
-def test_the_student_its_card_and_its_report_are_published_and_nothing_else(finished):
-    with hub() as server:
-        done = run_cli(server, "publish", finished, "small", "--private")
-        assert done.returncode == 0, done.stderr
+def test_the_student_its_card_and_its_report_are_published_and_nothing_else(finished, capsys):
+    with hub(token=TOKEN) as server:
+        assert cli.main(["publish", str(finished), "small", "--private"]) == 0
         files = server.files["somebody/small"]
     assert server.private == {"somebody/small": True}
     assert {"config.json", "model.safetensors", "README.md", "report.html"} <= files.keys()
@@ -80,23 +69,25 @@ def test_the_student_its_card_and_its_report_are_published_and_nothing_else(fini
         and "hub_model_id" not in options
     )
     assert f"Bearer {TOKEN}" in server.tokens
-    assert TOKEN not in done.stdout + done.stderr
+    assert TOKEN not in "".join(capsys.readouterr())
     assert not any(TOKEN.encode() in file["content"] for file in files.values())
     assert not list(finished.glob(".publish-*"))
 
 
-def test_what_the_hub_does_not_take_is_said_with_the_way_to_try_again(finished):
-    with hub(broken=99) as server:
-        done = run_cli(server, "publish", finished, "small")
-        assert done.returncode == 2
-        assert f"try again with: hf-kd publish {finished} small" in done.stderr
-        assert "Traceback" not in done.stderr and TOKEN not in done.stderr
+def test_what_the_hub_does_not_take_is_said_with_the_way_to_try_again(finished, capsys):
+    command = ["publish", str(finished), "small"]
+    with hub(broken=99, token=TOKEN) as server:
+        assert cli.main(command) == 2
+        said = capsys.readouterr().err
+        assert f"try again with: hf-kd publish {finished} small" in said and TOKEN not in said
         server.broken = 0
-        again = run_cli(server, "publish", finished, "small")
-        assert again.returncode == 0, again.stderr
+        assert cli.main(command) == 0
         assert "model.safetensors" in server.files["somebody/small"]
-    gone = run_cli(server, "publish", finished, "small")
-    assert gone.returncode == 2 and "try again" in gone.stderr
+        server.shutdown()
+        server.server_close()
+        capsys.readouterr()
+        assert cli.main(command) == 2
+        assert "try again" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_student_is_refused(tmp_path):
