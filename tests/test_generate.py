@@ -6,10 +6,7 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +20,15 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config,
 from hf_kd import DistillationTrainer, init_student
 from hf_kd import generate as module
 from hf_kd.cli import main
-from hf_kd.config import DistillationArguments, parse_one
+from hf_kd.config import DistillationArguments
 from hf_kd.data.prepare import prepare
 from hf_kd.data.processors import train_tokenizer
 from hf_kd.generate import generate
 from hf_kd.options import GenerateOptions, RunOptions
 from hf_kd.sampled_rows import GENERATION_FILE, alone
 from hf_kd.teachers.cache import CachedTeacher, SparseCodec
+
+from .faults.runs import child, join
 
 WORDS = "the cat sat on a mat and the dog ran to the red house by the sea while birds sang"
 PROMPTS = ["the cat", "a dog ran to", "", "by the sea", "birds", "the red house by"]
@@ -304,38 +303,20 @@ def test_text_is_the_same_in_other_shards(causal: Path, tmp_path: Path, whole: d
     assert [row["text"] for row in rows(folder)] == texts
 
 
-@pytest.fixture
-def command(causal: Path, tmp_path: Path) -> Iterator[list[str]]:
-    yield [
-        *(
-            sys.executable,
-            "-m",
-            "hf_kd",
-            "generate",
-            "--teacher",
-            str(causal),
-            "--output_dir",
-            str(tmp_path / "out"),
-        ),
-        *"--num_rows 80 --max_new_tokens 4 --batch_size 2 --shard_rows 2 --signal_entries 8".split(),
-    ]
-
-
-def test_killed_processes(causal: Path, tmp_path: Path, command: list[str]) -> None:
+def test_killed_processes(causal: Path, tmp_path: Path) -> None:
     """Trap 48: kill -9 in the middle of the work; another run ends with what one run makes."""
-    folder = tmp_path / "out"
-    for least in (3,):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while len(list(folder.glob("data/train-*.parquet"))) < least and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
-        assert least <= len(list(folder.glob("data/train-*.parquet"))) < 40
-    arguments = parse_one(GenerateOptions, command[4:])
-    generate(arguments)
-    other = generate(replace(arguments, output_dir=str(tmp_path / "other")))
+    folder, least = tmp_path / "out", 3
+    given = options(
+        causal, folder, num_rows=80, max_new_tokens=4, batch_size=2, shard_rows=2, signal_entries=8
+    )
+    process = child(generate, given)
+    while len(list(folder.glob("data/train-*.parquet"))) < least and process.is_alive():
+        time.sleep(0.005)
+    process.kill()
+    assert join(process) == -signal.SIGKILL
+    assert least <= len(list(folder.glob("data/train-*.parquet"))) < 40
+    generate(given)
+    other = generate(replace(given, output_dir=str(tmp_path / "other")))
     assert files(folder) == files(other)
     assert len(rows(folder)) == 80
 
