@@ -199,11 +199,12 @@ def _check_batch(
         return
     needs_labels = min(args.alpha, args.alpha if args.alpha_end is None else args.alpha_end) < 1.0
     if supervision.labels is None and needs_labels:
+        there = getattr(trainer.train_dataset, "column_names", None) or columns  # unread ones too
         report.add(
             "alpha",
             f"alpha={args.alpha} gives the task loss a weight of {1 - args.alpha:g}, but the data has no "
-            f"{' / '.join(repr(name) for name in task.labels)} column (it has {columns}). Set alpha=1 to "
-            "distil without labels, or add the column.",
+            f"{' / '.join(repr(name) for name in task.labels)} column (it has {there}). Set alpha=1 to "
+            "distil without labels, or rename or add the column.",
         )
     if supervision.labels is None and args.metric_for_best_model in ("loss", "eval_loss"):
         report.add(

@@ -222,7 +222,7 @@ def in_python(made: dict[str, Any], lm: dict[str, Any]) -> dict[str, Callable[[]
         "a teacher with other label names": lambda: train(made, teacher=bert(**names)),
         "a teacher without label names": lambda: train(made, teacher=bert(num_labels=2)),
         "labels counted from 1": lambda: train(made, train_dataset=shifted),
-        "no labels, alpha=0.9": lambda: train(made, train_dataset=rows.remove_columns("labels")),
+        "no labels, alpha=0.9": lambda: train(made, train_dataset=rows.rename_column("labels", "mood")),
         "all labels -100": lambda: train(lm, train_dataset=masked, temperature=1.0),
         "an empty data set": lambda: train(made, train_dataset=rows.select([])),
         "no data set": lambda: train(made, train_dataset=None),
