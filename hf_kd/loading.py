@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def load_model(
     auto_class = getattr(transformers, TASKS[task].auto_class)
     extra: dict[str, Any] = {"device_map": device_map} if device_map else {}
     try:
-        with _whole():
+        with _whole(), contextlib.nullcontext() if new_head else _unreported():
             model, info = auto_class.from_pretrained(
                 name_or_path,
                 dtype="auto" if dtype is None else dtype,
@@ -81,6 +82,21 @@ def load_model(
             "(on the command line: train_teacher=true), or choose a checkpoint that was."
         )
     return model
+
+
+@contextlib.contextmanager
+def _unreported() -> Iterator[None]:
+    """Leave out Transformers' table of weights that are missing: the error names them."""
+
+    def of_something_else(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in str(record.msg) or "MISSING" not in str(record.msg)
+
+    loader = logging.getLogger("transformers.modeling_utils")
+    loader.addFilter(of_something_else)
+    try:
+        yield
+    finally:
+        loader.removeFilter(of_something_else)
 
 
 @contextlib.contextmanager
