@@ -350,11 +350,11 @@ def help_text(command: str) -> str:
     lines = [
         f"usage: hf-kd {command} [--config FILE_OR_RECIPE] [--OPTION VALUE ...]     (flags beat the file)",
         "",
-        "Distillation: loss = (1 - alpha) * task + alpha * temperature^2 * divergence(teacher, student)",
-        *_option_lines(DistillationOptions),
-        "",
         "Models and data",
         *_option_lines(RunOptions),
+        "",
+        "Distillation: loss = (1 - alpha) * task + alpha * temperature^2 * divergence(teacher, student)",
+        *_option_lines(DistillationOptions, own_first=False),
     ]
     lines.append("")
     for title, named in {**SPECIAL, TRAINING_TITLE: TRAINING}.items():
@@ -366,11 +366,13 @@ def help_text(command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _option_lines(cls: type, special: Sequence[str] | None = None) -> list[str]:
+def _option_lines(cls: type, special: Sequence[str] | None = None, *, own_first: bool = True) -> list[str]:
+    """A line for each option; what a class shares with others comes after what is its own."""
     lines = []
     hidden = {name for names in SPECIAL.values() for name in names} if special is None else special
-    # What a class shares with others comes after what is its own.
-    for field in sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__):
+    for field in sorted(
+        dataclasses.fields(cls), key=lambda f: own_first and f.name not in cls.__annotations__
+    ):
         if field.name in hidden:
             continue
         default = "" if field.default is None else f" [{str(field.default).lower()}]"
