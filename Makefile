@@ -22,7 +22,7 @@ demo: $(STAMP)
 		--num_cpu_threads_per_process 1 scripts/distill.py $(ARGS)
 
 test: $(DEV_STAMP)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
