@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .layer_maps import LayerStack, StackPair, pair_layers
 from .losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES, attention_kl, relation_kl, scores_of
 from .losses.named import find
+from .losses.scores import Products, product_kl
 from .losses.vectors import cosine
 from .objective import Counts, Terms
 from .options.layers import FEATURE_WEIGHTS
@@ -233,8 +234,8 @@ class Features:
                 supervision=supervision,
                 task=self.task,
             )
-            values = self._compare(place, student, teacher, exists)
-            sums.setdefault(place.term, []).append((values * weight).sum())
+            value = self._compare(place, student, teacher, weight, exists)
+            sums.setdefault(place.term, []).append(value)
         return {term: torch.stack(values).mean() for term, values in sums.items()}
 
     def _values(self, place: _Compared, seen: Seen) -> tuple[Value, Value]:
@@ -260,25 +261,27 @@ class Features:
             student = full_precision(self.projections[place.projection](student))
         return student, teacher.to(student.device, student.dtype)
 
-    def _compare(self, place: _Compared, student: Value, teacher: Value, exists: Tensor) -> Tensor:
+    def _compare(
+        self, place: _Compared, student: Value, teacher: Value, weight: Tensor, exists: Tensor
+    ) -> Tensor:
+        """The weighted sum over positions."""
         if place.term == "attention" and self.attention_loss is attention_kl:
-            return attention_kl(student, teacher)
+            if isinstance(student, Products) and isinstance(teacher, Products) and student.differentiable:
+                return product_kl(student, teacher, weight)
         student, teacher = scores_of(student), scores_of(teacher)
+        if place.attention is not None:
+            one, other = place.attention
+            student, teacher = one.take(place.which, student), other.take(place.which, teacher)
+            heads = self.args.relation_heads
+            if heads is None:
+                heads = math.gcd(one.heads or 1, student.shape[-1], teacher.shape[-1])
+            causal = one.causal or other.causal
+            return relation_kl(student, teacher, heads=heads, exists=exists, causal=causal, weight=weight)
         if place.term == "attention":
-            return self.attention_loss(student, teacher)
-        if place.attention is None:
+            function = self.attention_loss
+        else:
             function = cosine if place.term == "last_hidden" else self.hidden_loss
-            return function(student, teacher)
-        one, other = place.attention
-        student, teacher = one.take(place.which, student), other.take(place.which, teacher)
-        keys = exists.unsqueeze(1)
-        if one.causal or other.causal:
-            length = exists.shape[1]
-            keys = keys & torch.ones(length, length, dtype=torch.bool, device=keys.device).tril()
-        heads = self.args.relation_heads
-        if heads is None:
-            heads = math.gcd(one.heads or 1, student.shape[-1], teacher.shape[-1])
-        return relation_kl(student, teacher, heads=heads, keys=keys)
+        return (function(student, teacher) * weight).sum()
 
     def _require_gradient(self, seen: Seen) -> None:
         if not torch.is_grad_enabled():

@@ -85,12 +85,19 @@ def test_attention_losses(name: str, masked: float) -> None:
     assert_equal(ours, torch.stack(rows), s)
 
 
+def by_position(loss: Callable[[Tensor], Tensor], rows: int, length: int) -> Tensor:
+    """`[B, L]`: a weighted sum over positions, at each of them."""
+    each = torch.eye(rows * length, dtype=torch.float64).view(-1, rows, length)
+    return torch.stack([loss(weight) for weight in each]).view(rows, length)
+
+
 @pytest.mark.parametrize("block", [1, 40, 1 << 17])
 @pytest.mark.parametrize("mask", ["none", "causal", "bool", "added", "bias"])
 def test_products(mask: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Factors of scores give the scores' value and gradient, in blocks of some heads or of several rows."""
+    """Factors of scores give the scores' value and gradient, in tiles of some queries or of several rows."""
     monkeypatch.setattr(rows, "_CPU_BLOCK", block)
-    q, k = states(3, 4, 5, 6).requires_grad_(), states(3, 2, 5, 6, seed=1).requires_grad_()
+    length = 70 if mask == "causal" else 5  # several tiles, of which the first see few keys
+    q, k = states(3, 4, length, 6).requires_grad_(), states(3, 2, length, 6, seed=1).requires_grad_()
     # Without a mask also far apart, where a share of q is more than any multiple of p.
     scale = 40.0 if mask == "none" else 0.7
     given: dict[str, Any] = {"scale": scale, "enable_gqa": True, "is_causal": mask == "causal"}
@@ -102,15 +109,21 @@ def test_products(mask: str, block: int, monkeypatch: pytest.MonkeyPatch) -> Non
     elif mask == "bias":
         given["attn_mask"] = states(1, 4, 5, 5, seed=4).masked_fill(~seen, -torch.inf)
     student = Products.of_call(q, k, None, **given)
-    teacher = Products.of_call(states(3, 4, 5, 6, seed=2), states(3, 2, 5, 6, seed=3), None, **given)
-    ours, expected = product_kl(student, teacher), attention_kl(student.scores(), teacher.scores())
-    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
-    attention = F.scaled_dot_product_attention(q, k, torch.eye(5).double().expand(3, 2, 5, 5), **given)
+    others = states(3, 4, length, 6, seed=2), states(3, 2, length, 6, seed=3)
+    teacher = Products.of_call(*others, None, **given)
+    expected = attention_kl(student.scores(), teacher.scores())
+    if length == 5:
+        ours = by_position(lambda weight: product_kl(student, teacher, weight), 3, 5)
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+    eye = torch.eye(length).double().expand(3, 2, length, length)
+    attention = F.scaled_dot_product_attention(q, k, eye, **given)
     softmax = student.scores().softmax(-1)
     sees = ~softmax.isnan()
     torch.testing.assert_close(attention[sees], softmax[sees])
-    weight = states(3, 5, seed=5)
-    one, other = (torch.autograd.grad((value * weight).sum(), (q, k)) for value in (ours, expected))
+    weight = states(3, length, seed=5)
+    sums = product_kl(student, teacher, weight), (expected * weight).sum()
+    torch.testing.assert_close(*sums, rtol=1e-9, atol=1e-12)
+    one, other = (torch.autograd.grad(value, (q, k)) for value in sums)
     for found, wanted in zip(one, other, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-12)
 
@@ -122,10 +135,9 @@ def test_relations(heads: int, widths: tuple[int, int], causal: bool) -> None:
     s, t = states(2, 5, widths[0]).requires_grad_(), states(2, 5, widths[1], seed=1)
     exists = torch.ones(2, 5, dtype=torch.bool)
     exists[1, :2] = False
-    keys = exists.unsqueeze(1)
-    if causal:
-        keys = keys & torch.ones(5, 5, dtype=torch.bool).tril()
-    ours = relation_kl(s, t, heads=heads, keys=keys)
+    ours = by_position(
+        lambda weight: relation_kl(s, t, heads=heads, exists=exists, causal=causal, weight=weight), 2, 5
+    )
     assert ours.isfinite().all()
     for b in (0, 1):
         for i in range(2 * b, 5):
@@ -137,10 +149,17 @@ def test_relations(heads: int, widths: tuple[int, int], causal: bool) -> None:
             assert float(ours[b, i].detach()) == pytest.approx(float(expected.detach()), abs=1e-12)
 
 
+def related(student: Tensor, teacher: Tensor, heads: int) -> Tensor:
+    """The loss on relations between all positions, summed over them."""
+    shape = student.shape[:2]
+    every, weight = torch.ones(shape, dtype=torch.bool), torch.ones(shape)
+    return relation_kl(student, teacher, heads=heads, exists=every, causal=False, weight=weight)
+
+
 def test_relation_heads_divide_the_width() -> None:
     """Trap 41: a number of heads that does not fit is refused."""
     with pytest.raises(ValueError, match="relation_heads=3 does not divide the width 8"):
-        relation_kl(states(1, 2, 8), states(1, 2, 6), heads=3, keys=torch.ones(1, 1, 2, dtype=torch.bool))
+        related(states(1, 2, 8), states(1, 2, 6), heads=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -148,10 +167,9 @@ def test_equal_models_have_no_loss_and_no_gradient(dtype: torch.dtype) -> None:
     """Teacher and student alike: 0 and a gradient of 0, for every loss."""
     s = states(2, 3, 8).to(dtype).requires_grad_()
     scores = states(2, 2, 3, 3).to(dtype).requires_grad_()
-    keys = torch.ones(2, 1, 3, dtype=torch.bool)
     values = [(loss(s, s.detach()), s) for loss in HIDDEN_LOSSES.values()]
     values += [(loss(scores, scores.detach()), scores) for loss in ATTENTION_LOSSES.values()]
-    values.append((relation_kl(s, s.detach(), heads=2, keys=keys), s))
+    values.append((related(s, s.detach(), heads=2), s))
     for value, student in values:
         assert value.abs().max() < 1e-6
         assert torch.autograd.grad(value.sum(), student)[0].abs().max() < 1e-6
@@ -160,7 +178,7 @@ def test_equal_models_have_no_loss_and_no_gradient(dtype: torch.dtype) -> None:
 def test_one_position_is_related_to_itself_alone() -> None:
     """A row of one token: nothing to compare, and the graph is kept."""
     one = states(2, 1, 4).requires_grad_()
-    value = relation_kl(one, states(2, 1, 4, seed=1), heads=2, keys=torch.ones(2, 1, 1, dtype=torch.bool))
+    value = related(one, states(2, 1, 4, seed=1), heads=2)
     assert value.requires_grad
     assert not value.any()
     scores = states(2, 2, 1, 1).requires_grad_()

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_kd import DistillationTrainer, TeacherSignal
 from hf_kd.losses.divergences import DIVERGENCES, log_probs, resolve_divergence
-from hf_kd.losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES, relation_kl
+from hf_kd.losses.features import ATTENTION_LOSSES, HIDDEN_LOSSES
 from hf_kd.losses.fused import FUSED_DIVERGENCES, fused_distillation
 from hf_kd.losses.logits import LOGIT_LOSSES, unlike_log_probs
 from hf_kd.losses.needs import needs_of
@@ -29,6 +29,7 @@ from hf_kd.losses.vectors import VECTOR_LOSSES
 from hf_kd.spikes import SpikeWatch
 
 from .heads import HEADS, Collator, models, rows_of
+from .test_feature_losses import related
 from .test_trainer import arguments, classifiers, text_rows
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -185,9 +186,7 @@ def test_losses_on_layers(name: str) -> None:
             student, teacher = student + mask, teacher + mask
         student.requires_grad_()
         if name == "relation":
-            keys = torch.ones(2, 6, dtype=torch.bool)
-            args = student.reshape(2, 6, 3), teacher.reshape(2, 6, 3)
-            values = relation_kl(*args, heads=1, keys=keys)
+            values = related(student.reshape(2, 6, 3), teacher.reshape(2, 6, 3), heads=1)
         else:
             values = LAYERS[name](student, teacher)
         values.mean().backward()

@@ -1,8 +1,9 @@
 """How far two models are apart inside: at hidden states, attentions, and the relations between positions.
 
-Every function gives one value per position and no mean: which positions count, and over how many of them the
-mean is, is decided once, outside. What couples positions (attentions, relations) couples those of one row, so
-neither padding nor the size of a micro-batch changes a value. Teachers receive no gradient.
+No function takes a mean over positions: which of them count, and over how many the mean is, is decided once,
+outside, so each gives one value per position, or is given their weights. What couples positions (attentions,
+relations) couples those of one row, so neither padding nor the size of a micro-batch changes a value.
+Teachers receive no gradient.
 """
 
 from __future__ import annotations
@@ -50,23 +51,19 @@ HIDDEN_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def attention_kl(student: Tensor | Products, teacher: Tensor | Products) -> Tensor:
+def attention_kl(student: Tensor, teacher: Tensor) -> Tensor:
     r"""KL from the teacher's attention to the student's, per query, mean over heads.
 
     Source: Wang et al. 2020 (MiniLM), arXiv:2002.10957, section 3.1.
 
     Args:
         student: `[B, A, L, K]` scores of A heads before the softmax, masks included (a masked key has a score
-            near the dtype's minimum, or `-inf`); or their factors, of which no scores are kept.
+            near the dtype's minimum, or `-inf`). From their factors: `scores.product_kl`.
         teacher: Same shape.
 
     Returns:
         `[B, L]` nats, at least 0; 0 where a query sees one key only.
     """
-    if isinstance(student, Products) and isinstance(teacher, Products):
-        if student.bias is None or not student.bias.requires_grad:
-            return product_kl(student, teacher)
-    student, teacher = scores_of(student), scores_of(teacher)
     if student.shape[-1] < 2:
         return student.new_zeros(student.shape[0], student.shape[2]) + 0.0 * student.sum((1, 3))
     log_q, log_p = _attention_log_probs(student, teacher)
@@ -95,7 +92,9 @@ def attention_mse(student: Tensor, teacher: Tensor) -> Tensor:
 ATTENTION_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"kl": attention_kl, "mse": attention_mse}
 
 
-def relation_kl(student: Tensor, teacher: Tensor, *, heads: int, keys: Tensor) -> Tensor:
+def relation_kl(
+    student: Tensor, teacher: Tensor, *, heads: int, exists: Tensor, causal: bool, weight: Tensor
+) -> Tensor:
     r"""KL between the two models' self-relations of queries, keys or values.
 
         R(x) = softmax(x_a x_a^T / sqrt(d_a)),    a = 1 .. heads
@@ -110,28 +109,28 @@ def relation_kl(student: Tensor, teacher: Tensor, *, heads: int, keys: Tensor) -
         student: `[B, L, D_s]` queries, keys or values of all heads, fp32 or fp64.
         teacher: `[B, L, D_t]`.
         heads: Number of relation heads; divides both widths.
-        keys: `[B, L, L]` or `[B, 1, L]` bool: which positions j the position i is related to.
+        exists: `[B, L]` bool: positions that others are related to (no padding).
+        causal: Whether a position is related to no later ones.
+        weight: `[B, L]`: of each position's loss.
 
     Returns:
-        `[B, L]` nats, at least 0; 0 for a position that is related to none.
+        The weighted sum over positions, in nats; a position that is related to none adds 0.
 
     Raises:
         ValueError: If `heads` does not divide a width.
     """
-    if student.shape[1] < 2:
-        return 0.0 * student.sum(-1)
-    hidden = ~keys.unsqueeze(1)
-    sides = [_relations(values, heads, hidden) for values in (student, teacher)]
-    return product_kl(sides[0], sides[1])
+    hidden = ~exists[:, None, None]
+    sides = [_relations(values, heads, hidden, causal) for values in (student, teacher)]
+    return product_kl(sides[0], sides[1], weight)
 
 
-def _relations(values: Tensor, heads: int, hidden: Tensor) -> Products:
+def _relations(values: Tensor, heads: int, hidden: Tensor, causal: bool) -> Products:
     """`[B, heads, L, L]` scaled products of a row's positions."""
     batch, length, width = values.shape
     if width % heads:
         raise ValueError(f"relation_heads={heads} does not divide the width {width}: choose a divisor of it.")
     split = values.reshape(batch, length, heads, width // heads).transpose(1, 2)
-    return Products(split, split, (width // heads) ** -0.5, hidden=hidden)
+    return Products(split, split, (width // heads) ** -0.5, None, hidden, causal)
 
 
 def scores_of(scores: Tensor | Products) -> Tensor:

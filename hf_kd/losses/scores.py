@@ -1,13 +1,12 @@
-"""Attention as what it is made of: scores `a b^T`, compared by KL without holding more than a gradient.
+"""Attention as what it is made of: scores `a b^T`, compared by KL without ever holding all of them.
 
 A kernel of fused attention (SDPA) never holds its scores, but it is called with queries and keys, from which
-those of the layers that are compared follow. Worked through in blocks of rows and heads that stay in the
-processor's cache, with the gradient written by hand, as in `rows.py`.
+those of the layers that are compared follow. Worked through in tiles that stay in the processor's cache, with
+the gradient written by hand, as in `rows.py`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -18,10 +17,13 @@ from torch.autograd.function import FunctionCtx
 from .kernels import forward_slopes, kl_terms
 from .rows import block_of, refuse_second_derivative
 
-# Less than any score that is not masked: models mask with the least number of their dtype, or add it.
+# Added to a score, leaves nothing of it, and a probability of 0 unless all keys are hidden.
 _FLOOR = -1e30
 # A class with log q - log p below this may be written in units of p: q is less than e^-40 where p underflows.
 _NEAR = 40.0
+
+#: A part of scores `[B, A, L, K]`.
+Tile = tuple[slice, slice, slice, slice]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Products:
         scale: Factor of the products.
         bias: What is added, broadcast to `[B, A, L, K]`; None: nothing.
         hidden: Bool, broadcast likewise: keys that are not seen; None: all are.
+        causal: Whether a query sees no later keys than its own, beside that.
     """
 
     queries: Tensor
@@ -41,6 +44,7 @@ class Products:
     scale: float
     bias: Tensor | None = None
     hidden: Tensor | None = None
+    causal: bool = False
 
     @classmethod
     def of_call(
@@ -58,10 +62,7 @@ class Products:
         if key.shape[1] != query.shape[1]:
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         bias, hidden = None, None
-        if is_causal:
-            size = query.shape[2], key.shape[2]
-            hidden = ~torch.ones(size, dtype=torch.bool, device=query.device).tril()[None, None]
-        elif attn_mask is not None:
+        if attn_mask is not None:
             mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
             if mask.dtype == torch.bool:
                 hidden = ~mask
@@ -70,7 +71,8 @@ class Products:
                 bias = mask.masked_fill(hidden, 0.0)
                 if bias.device.type == "cpu" and not bias.requires_grad and not bias.any():
                     bias = None  # a mask, and no more
-        return cls(query, key, query.shape[-1] ** -0.5 if scale is None else scale, bias, hidden)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return cls(query, key, scale, bias, hidden, is_causal)
 
     @property
     def shape(self) -> torch.Size:
@@ -86,6 +88,11 @@ class Products:
     def requires_grad(self) -> bool:
         """Whether a gradient reaches queries or keys."""
         return self.queries.requires_grad or self.keys.requires_grad
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether `product_kl` has all of its gradient: a bias that is trained is not in it."""
+        return self.bias is None or not self.bias.requires_grad
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,111 +125,141 @@ class Products:
         scores = self.queries @ self.keys.transpose(-1, -2) * self.scale
         if self.bias is not None:
             scores = scores + self.bias
+        if self.causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(later, -torch.inf)
         return scores if self.hidden is None else scores.masked_fill(self.hidden, -torch.inf)
 
 
-def product_kl(student: Products, teacher: Products) -> Tensor:
-    r"""KL from the teacher's attention to the student's, per query, mean over heads.
+def product_kl(student: Products, teacher: Products, weight: Tensor) -> Tensor:
+    r"""KL from the teacher's attention to the student's: mean over heads, weighted sum over queries.
 
-    Keys that either model hides are hidden from both; a query that sees none (padding) has 0.
+        sum_bl weight_bl / A * sum_a KL(softmax(t_bal) || softmax(s_bal))
+
+    Keys that either model hides are hidden from both; a query that sees none (padding) has 0. The gradient is
+    made with the value, so nothing as large as the scores is kept for the backward pass.
 
     Args:
         student: Factors of `[B, A, L, K]` scores, fp32 or fp64.
         teacher: Of the same shape and dtype; receives no gradient.
+        weight: `[B, L]`; receives no gradient.
 
     Returns:
-        `[B, L]` nats, at least 0. Differentiable once, and not towards the bias.
+        A scalar in nats, at least 0 for weights that are. Differentiable once, and not towards the bias.
     """
-    hidden = student.hidden
-    if teacher.hidden is not None:
-        hidden = teacher.hidden if hidden is None else hidden | teacher.hidden
-    if hidden is not None and hidden.device.type == "cpu" and not hidden.any():
-        hidden = None
-    return _ProductKL.apply(student.queries, student.keys, student, teacher.detach(), hidden)
+    return _ProductKL.apply(student.queries, student.keys, student, teacher.detach(), weight)
 
 
 class _Context(FunctionCtx):
-    saved_tensors: tuple[Tensor, Tensor, Tensor]
-    scale: float
-    alike: bool
+    saved_tensors: tuple[Tensor, ...]
 
 
 class _ProductKL(torch.autograd.Function):
-    """Kept for the backward pass: queries, keys, and `q - p`."""
+    """Kept for the backward pass: the gradient itself, of queries and keys."""
 
     @staticmethod
     def forward(
-        ctx: _Context,
-        queries: Tensor,
-        keys: Tensor,
-        student: Products,
-        teacher: Products,
-        hidden: Tensor | None,
+        ctx: _Context, queries: Tensor, keys: Tensor, student: Products, teacher: Products, weight: Tensor
     ) -> Tensor:
-        slopes = queries.new_empty(student.shape)
-        values = queries.new_zeros(slopes.shape[:3])
-        blind = None if hidden is None else hidden.all(-1, keepdim=True)
-        for block in _blocks(slopes):
-            log_q, log_p = (_log_softmax(side, block, hidden, blind) for side in (student, teacher))
-            values[block], slopes[block] = _kl(log_q, log_p)
-        ctx.save_for_backward(queries, keys, slopes)
-        ctx.scale, ctx.alike = student.scale / slopes.shape[1], student.keys is student.queries
-        return values.clamp_(min=0).mean(1)
+        total = queries.new_zeros(())
+        to_queries, to_keys = (
+            torch.zeros_like(side, memory_format=torch.contiguous_format) for side in (queries, keys)
+        )
+        share = weight.to(queries.dtype)[:, None, :, None] / queries.shape[1]
+        causal, cover = student.causal or teacher.causal, _cover(student, teacher)
+        for tile in _tiles(student.shape, block_of(queries), causal):
+            rows, heads, part, seen = tile
+
+            def scores(tile: Tile = tile) -> tuple[Tensor, Tensor]:
+                # Further down in the student: a hidden key is never where it is the most above the teacher.
+                return (
+                    _scores(student, cover, tile, causal, 2 * _FLOOR),
+                    _scores(teacher, cover, tile, causal, _FLOOR),
+                )
+
+            found = _kl_near(*scores()) if queries.device.type == "cpu" else None
+            values, slopes = found or _kl(*scores())
+            values.clamp_(min=0).mul_(share[rows, :, part])
+            total += values.sum()
+            slopes = slopes.mul_(share[rows, :, part]).flatten(0, 1)
+            # Added where they belong: rows are several only with all heads, so `view` finds one stride.
+            for grad, factor, slope in (
+                (to_queries[rows, heads, part], keys[rows, heads, seen], slopes),
+                (to_keys[rows, heads, seen], queries[rows, heads, part], slopes.transpose(1, 2)),
+            ):
+                grad.view(-1, *grad.shape[2:]).baddbmm_(slope, factor.flatten(0, 1), alpha=student.scale)
+        ctx.save_for_backward(to_queries, to_keys)
+        return total
 
     @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         refuse_second_derivative()
-        queries, keys, slopes = ctx.saved_tensors
-        weight = (grad * ctx.scale)[:, None, :, None]
-        to_queries = torch.empty_like(queries)
-        if ctx.alike:  # one product instead of two
-            for block in _blocks(slopes):
-                slope = slopes[block] * weight[block[0]]
-                to_queries[block] = (slope + slope.transpose(-1, -2)) @ keys[block]
-            return to_queries, None, None, None, None
-        to_keys = torch.empty_like(keys)
-        for block in _blocks(slopes):
-            slope = slopes[block] * weight[block[0]]
-            to_queries[block] = slope @ keys[block]
-            to_keys[block] = slope.transpose(-1, -2) @ queries[block]
-        return to_queries, to_keys, None, None, None
+        to_queries, to_keys = ctx.saved_tensors
+        return to_queries * grad, to_keys * grad, None, None, None
 
 
-def _kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """The divergence of each row `[..., L]`, and its slope `[..., L, K]`, `q - p`."""
-    gap = log_q - log_p
-    if gap.device.type != "cpu" or not bool(gap.amax() <= _NEAR):
-        return kl_terms(log_q, log_p).sum(-1), forward_slopes(log_q, log_p)
-    # One exponential for both: q - p = p expm1(d), as long as that neither overflows nor loses a q.
-    p, ratio = log_p.exp(), torch.expm1(gap)
-    slope = p * ratio
-    return ratio.sub_(gap).mul_(p).sum(-1), slope
+def _kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergence `[..., L, 1]` of rows of scores `[..., L, K]`, and its slope `q - p`."""
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    return kl_terms(log_q, log_p).sum(-1, keepdim=True), forward_slopes(log_q, log_p)
 
 
-def _log_softmax(
-    side: Products, block: tuple[slice, slice], hidden: Tensor | None, blind: Tensor | None
-) -> Tensor:
-    scores = (side.queries[block] * side.scale) @ side.keys[block].transpose(-1, -2)
+def _kl_near(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The same with fewer exponentials, overwriting the scores; None where q is far above p somewhere.
+
+    With `p = softmax(t)` and any `g = s - t + constant`, `q = p exp(g) / sum p exp(g)`. For the constant with
+    which `sum p g = 0`, the divergence is `log sum p exp(g)`.
+    """
+    p = teacher.softmax(-1)
+    gap = student.sub_(teacher)
+    gap.sub_(gap.amax(-1, keepdim=True))
+    mean = torch.mul(p, gap, out=teacher).sum(-1, keepdim=True)
+    if not bool(mean.amin() >= -_NEAR):
+        return None
+    ratio = gap.sub_(mean).expm1_()
+    excess = torch.mul(p, ratio, out=teacher).sum(-1, keepdim=True)
+    return excess.log1p(), ratio.sub_(excess).mul_(p).div_(1 + excess)
+
+
+def _cover(student: Products, teacher: Products) -> Tensor | None:
+    """1 where either model hides a key, 0 elsewhere."""
+    hidden = student.hidden
+    if teacher.hidden is not None:
+        hidden = teacher.hidden if hidden is None else hidden | teacher.hidden
+    if hidden is None or (hidden.device.type == "cpu" and not hidden.any()):
+        return None
+    return hidden.to(student.dtype)
+
+
+def _scores(side: Products, cover: Tensor | None, tile: Tile, causal: bool, floor: float) -> Tensor:
+    """The scores of some queries and the keys that they see, `floor` added to those that are hidden."""
+    rows, heads, part, seen = tile
+    scores = (side.queries[rows, heads, part] * side.scale) @ side.keys[rows, heads, seen].transpose(-1, -2)
     if side.bias is not None:
-        scores.add_(_part(side.bias, block))
-    if hidden is None or blind is None:
-        return torch.log_softmax(scores, -1)
-    scores.masked_fill_(_part(hidden, block), -math.inf).masked_fill_(_part(blind, block), 0.0)
-    return torch.log_softmax(scores, -1).clamp_(min=_FLOOR)
+        scores.add_(_part(side.bias, tile))
+    if cover is not None:
+        scores.add_(_part(cover, tile), alpha=floor)
+    if causal:
+        scores.add_(scores.new_ones(scores.shape[-2:]).triu_(1 + part.start), alpha=floor)
+    return scores
 
 
-def _part(tensor: Tensor, block: tuple[slice, slice]) -> Tensor:
-    """A block of a tensor whose rows or heads may be broadcast."""
-    every = slice(None)
-    rows, heads = (every if size == 1 else part for size, part in zip(tensor.shape[:2], block, strict=True))
-    return tensor[rows, heads]
+def _part(tensor: Tensor, tile: Tile) -> Tensor:
+    """A tile of a tensor whose axes may be broadcast."""
+    return tensor[tuple(slice(None) if n == 1 else part for n, part in zip(tensor.shape, tile, strict=True))]
 
 
-def _blocks(scores: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows and heads whose scores fit in one block: several rows, or some heads of one."""
-    rows, heads, length, keys = scores.shape
-    fit = max(1, block_of(scores) // (length * keys))
-    by_rows, by_heads = max(1, fit // heads), min(fit, heads)
+def _tiles(shape: torch.Size, fit: int, causal: bool) -> Iterator[Tile]:
+    """Queries whose scores fit in a block: of several rows, or of some heads of one, or some of one head."""
+    rows, heads, length, keys = shape
+    by_part = min(length, max(1, fit // keys))
+    if causal:
+        by_part = min(by_part, max(32, -(-length // 4)))  # the earlier ones have fewer keys to see
+    by_heads = min(heads, max(1, fit // (by_part * keys)))
+    by_rows = max(1, fit // (by_heads * by_part * keys))
     for row in range(0, rows, by_rows):
         for head in range(0, heads, by_heads):
-            yield slice(row, row + by_rows), slice(head, head + by_heads)
+            for start in range(0, length, by_part):
+                part = slice(start, min(start + by_part, length))
+                seen = slice(part.stop if causal else keys)
+                yield slice(row, row + by_rows), slice(head, head + by_heads), part, seen
