@@ -15,6 +15,7 @@ from hf_kd import costs, evaluating, measure, paired, provenance
 from hf_kd.alignment import align_labels, label_names
 from hf_kd.config import DistillationArguments
 from hf_kd.data.prepare import Prepared
+from hf_kd.elsewhere import joined
 from hf_kd.evaluating import EVALUATION, Evaluation
 from hf_kd.options import RunOptions, without_features
 from hf_kd.provenance import Meter
@@ -47,7 +48,10 @@ def compare(
         The results on rank 0, None on the others.
     """
     run, args, data = setting.run, setting.args, setting.data
-    trainers = {name: trainer_of(setting, name, model) for name, model in models.items()}
+    trainers = {}
+    for name, model in models.items():
+        trainers[name] = trainer_of(setting, name, model)
+        setting = joined(setting, trainers[name])  # by training already, if that asked anybody
     others = {name: trainer for name, trainer in trainers.items() if name != "teacher"}
     evaluated = {name: evaluate_arm(setting, name, trainer) for name, trainer in trainers.items()}
     rows, here = test_rows(data), "teacher" in models
@@ -154,7 +158,7 @@ def measured(
         collator: Makes batches of them.
         primary: The metric that decides, if there is one.
         folders: Where models are saved, by arm.
-        teacher: Whoever taught; it may say the `size` of a model elsewhere.
+        teacher: Whoever taught; it may say the `model_size` of one elsewhere.
     """
     here = {name: models[name] for name in evaluated if models.get(name) is not None}
     whole = not any(in_pieces(model) for model in here.values())
@@ -166,7 +170,7 @@ def measured(
         model = here.get(name)
         rest: dict[str, Any] = paired.kept(found, primary)
         if model is None:
-            rest |= getattr(teacher, "size", {})
+            rest |= getattr(teacher, "model_size", {})
         elif batch is not None:
             rest["peak_memory"] = costs.peak_memory(model, batch)
         arms[name] = measure.measure_arm(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_kd import costs, evaluating, report
+from hf_kd import costs, evaluating, paired, report
 from hf_kd.comparison import test_rows, trainer_of
 from hf_kd.config import DistillationArguments, parse
 from hf_kd.loading import load_model
@@ -187,5 +187,6 @@ def _with_arms(results: Results, setting: Setting, exported: Mapping[str, OnnxMo
             bytes_on_disk=model.bytes,
             latency=times.get(name, []),
             errors=found.errors,
+            **paired.kept(found, results.primary_metric),
         )
     return dataclasses.replace(results, arms=arms)

@@ -155,7 +155,7 @@ class GroupTeacher:
         return dict(self._hello["teacher"])
 
     @property
-    def size(self) -> dict[str, int]:
+    def model_size(self) -> dict[str, int]:
         """Of the model there: `parameters`, and `bytes` in memory."""
         return {name: self._hello[name] for name in ("parameters", "bytes")}
 
