@@ -30,15 +30,8 @@ from hf_kd.progress import follow
 from hf_kd.provenance import Meter
 from hf_kd.publish import publish
 from hf_kd.results import Results
-from hf_kd.setting import (
-    Setting,
-    alone,
-    load,
-    load_named_teacher,
-    other_teachers,
-    wiring,
-    with_trained_teacher,
-)
+from hf_kd.run_teacher import load_named_teacher, other_teachers
+from hf_kd.setting import Setting, alone, load, wiring, with_trained_teacher
 from hf_kd.settling import describe_target
 from hf_kd.trainer import DistillationTrainer
 from hf_kd.waiting import rested, woken

@@ -17,7 +17,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from hf_kd import DistillationTrainer, cli, init_student, setting
+from hf_kd import DistillationTrainer, cli, init_student, run_teacher, setting
 from hf_kd.cache_plan import Estimate, recommend
 from hf_kd.data.processors import train_tokenizer
 from hf_kd.results import Results
@@ -295,7 +295,8 @@ def test_the_teacher_is_not_in_memory_while_the_student_trains(student, texts, t
         events.append(alive(layers=2))
         return train(self, *args, **kwargs)
 
-    monkeypatch.setattr(setting, "load_model", loading)
+    for module in (setting, run_teacher):
+        monkeypatch.setattr(module, "load_model", loading)
     monkeypatch.setattr(DistillationTrainer, "train", training)
     assert cli.main(["distill", *arguments, "--teacher_cache", str(cache)]) == 0
     before = ["teacher"] if student == "cut" else ["student"]

@@ -22,7 +22,8 @@ from hf_kd.config import parse
 from hf_kd.data.processors import make_image_processor, train_tokenizer
 from hf_kd.options import RunOptions
 from hf_kd.options.student import NAMES
-from hf_kd.setting import _head, load
+from hf_kd.run_teacher import head_of
+from hf_kd.setting import load
 
 LINES = [f"{'a good' if i % 2 else 'a bad'} film number {i} about dogs" for i in range(40)]
 
@@ -41,7 +42,7 @@ def texts(tmp_path_factory):
         "intermediate_size": 32, "max_position_embeddings": 64, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     torch.manual_seed(0)
-    config = BertConfig(**size, **_head(["negative", "positive"], None))
+    config = BertConfig(**size, **head_of(["negative", "positive"], None))
     teacher = BertForSequenceClassification(config)
     teacher.classifier.weight.data *= 20
     words = train_tokenizer([*LINES, *more], 330)
