@@ -1,4 +1,4 @@
-"""A run's teacher as a model in memory: from its checkpoint, new, or trained by this run or an earlier one."""
+"""A run's teacher as a model in memory: from its checkpoint, new, or trained by this run or before."""
 
 from __future__ import annotations
 
