@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, ViTForImageC
 from transformers.trainer_utils import HubStrategy
 
 from hf_kd import run as runs
+from hf_kd import run_teacher
 from hf_kd import setting as settings
 from hf_kd.config import parse
 from hf_kd.data.processors import train_tokenizer
@@ -90,7 +91,7 @@ def texts(tmp_path_factory):
         config = BertConfig(
             vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
             intermediate_size=16, max_position_embeddings=32, pad_token_id=tokenizer.pad_token_id,
-            **settings._head([*labels], None) if labels else {},
+            **run_teacher.head_of([*labels], None) if labels else {},
         )  # fmt: skip
         torch.manual_seed(0)
         model = BertForSequenceClassification(config)
@@ -218,11 +219,11 @@ def test_the_teachers_training_has_its_own_options(tmp_path):
     run, args = digits(
         tmp_path, "--teacher_learning_rate", "0.5", "--teacher_batch_size", "4", "--kl_threshold", "1"
     )
-    own = settings.teacher_arguments(run, args)
+    own = run_teacher.teacher_arguments(run, args)
     assert (own.learning_rate, own.per_device_train_batch_size, own.num_train_epochs) == (0.5, 4, 1.0)
     assert (own.max_steps, own.alpha, own.kl_threshold) == (-1, 0.0, None)
     run = dataclasses.replace(run, teacher_epochs=None)
-    assert settings.teacher_arguments(run, args).max_steps == args.max_steps
+    assert run_teacher.teacher_arguments(run, args).max_steps == args.max_steps
 
 
 def test_a_student_of_its_own_keeps_its_label_order(texts, tmp_path):
@@ -261,7 +262,7 @@ def test_a_teacher_without_a_head_is_refused_unless_it_is_trained(texts, tmp_pat
                          "--task", "sequence-classification", "--teacher_epochs", "1")  # fmt: skip
     setting = settings.with_trained_teacher(settings.load(run, args))
     assert setting.teacher.config.id2label == {0: "negative", 1: "positive"}
-    assert (tmp_path / "teacher" / settings.TRAINED_FILE).is_file()
+    assert (tmp_path / "teacher" / run_teacher.TRAINED_FILE).is_file()
 
 
 def test_quality_is_reported_by_length_label_and_columns_of_the_data(texts, tmp_path):
