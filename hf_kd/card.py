@@ -13,6 +13,7 @@ from markupsafe import Markup
 from hf_kd.options import RunOptions
 from hf_kd.pages import content, environment
 from hf_kd.records import write_text
+from hf_kd.report import NOT_SHOWN
 from hf_kd.results import Results
 from hf_kd.tasks import TASKS
 from hf_kd.teachers.link import is_link
@@ -114,5 +115,5 @@ def _metrics(results: Results, data: str | None) -> list[EvalResult] | None:
             metric_value=value,
         )
         for name, value in values.items()
-        if value is not None and math.isfinite(value)
+        if name not in NOT_SHOWN and value is not None and math.isfinite(value)
     ] or None

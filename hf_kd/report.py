@@ -30,7 +30,7 @@ _ROWS: dict[str, Callable[[Arm], str | None]] = {
 }
 
 # Metrics that describe the data or the teacher and not the arm: in the file, not in the table.
-_NOT_SHOWN = {"teacher_entropy", "teacher_mass_kept"}
+NOT_SHOWN = {"teacher_entropy", "teacher_mass_kept"}
 # What is said of a teacher of which some entries are known alone.
 _SHOWN_AS = {
     "kl_tail": "KL to teacher, at least (nats)",
@@ -198,7 +198,7 @@ def _slice_table(results: Results) -> Table:
 def _metrics(results: Results) -> list[str]:
     """Names of the metrics to show, the primary one first, each once and in the order of the arms."""
     first = [] if results.primary_metric is None else [results.primary_metric]
-    names = first + [name for arm in results.arms.values() for name in arm.metrics if name not in _NOT_SHOWN]
+    names = first + [name for arm in results.arms.values() for name in arm.metrics if name not in NOT_SHOWN]
     return list(dict.fromkeys(names))
 
 

@@ -20,12 +20,15 @@ def card_of(tmp_path, shown=None, **run):
 
 
 def test_the_hubs_own_classes_read_the_metadata_back(tmp_path):
-    card = card_of(tmp_path, teacher="google/vit-base-patch16-224", dataset="AI-Lab-Makerere/beans")
+    shown = results()
+    shown.arms["student"].metrics["teacher_entropy"] = 0.4  # not how good the student is
+    card = card_of(tmp_path, shown, teacher="google/vit-base-patch16-224", dataset="AI-Lab-Makerere/beans")
     data = card.data
     assert data.base_model == "google/vit-base-patch16-224"
     assert data.datasets == ["AI-Lab-Makerere/beans"]
     assert data.pipeline_tag == "image-classification"
     found = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert "teacher_entropy" not in found
     assert found["accuracy"] == pytest.approx(0.97) and found["kl_to_teacher"] == pytest.approx(0.0423)
     assert "| accuracy (± SE) |" in card.text and results().verdict in card.text.replace("\\", "")
     assert 'AutoModelForImageClassification.from_pretrained("small_model")' in card.text
