@@ -44,6 +44,11 @@ def obstacles(run: RunOptions) -> list[str]:
             f"student is not set, and teacher={run.teacher!r} is elsewhere, of which no student can be cut: "
             "give the id or directory of one"
         )
+    if (run.teachers or [])[1:]:
+        found.append(
+            f"teachers={run.teachers!r}, but {run.teacher!r} is elsewhere, and teaches alone: give one, "
+            "or use DistillationTrainer in Python"
+        )
     if is_address(run.teacher) and run.task not in (None, "causal-lm"):
         found.append(f"task={run.task!r}, but teacher={run.teacher!r} is a server, for causal-lm alone")
     return found

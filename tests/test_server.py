@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_kd import DistillationArguments, DistillationTrainer
 from hf_kd.cli import main
 from hf_kd.data.processors import train_tokenizer
-from hf_kd.options import DistillationOptions
+from hf_kd.elsewhere import obstacles
+from hf_kd.options import DistillationOptions, RunOptions
 from hf_kd.options.teacher import SERVER_FORMAT_NAMES
 from hf_kd.results import Results
 from hf_kd.teachers import transport
@@ -601,6 +602,15 @@ def test_a_run_stops_at_a_lie(server: Any, tmp_path: Path) -> None:
     served.faults = [None] * 6 + [vllm(lambda e, c: c["prompt_logprobs"].pop())] * 8
     with pytest.raises(ServerError, match="was asked for"):
         run(url, tmp_path)
+
+
+def test_all_that_a_teacher_elsewhere_can_not_be_is_said_at_once() -> None:
+    two = ["http://h/v1", "b"]
+    run = RunOptions(teacher=two[0], teachers=two, train_teacher=True, task="masked-lm")
+    said = obstacles(run)
+    for name in ("train_teacher=True", "student is not set", "teachers=", "task='masked-lm'"):
+        assert sum(text.startswith(name) for text in said) == 1, said
+    assert obstacles(RunOptions(teacher="torch://h:1", student="s", task="masked-lm")) == []
 
 
 def test_the_command_line_with_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
