@@ -25,7 +25,7 @@ class DistillationOptions(TeacherOptions, LayerOptions, LossOptions):
     spike_action: str = option("warn", "a step far above those before it: warn, skip (drop it), stop")
     spike_threshold: float = option(8.0, "how far: robust standard deviations of its logarithm")
     term_gradients: int | None = option(
-        None, "times each term's gradient norm is measured (default: 20, a hundredth of the run)"
+        None, "times each term's gradient norm is measured (default: 20, 0.01 of a run)"
     )
 
     @property
