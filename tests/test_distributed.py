@@ -170,8 +170,12 @@ def test_evaluation_is_exact(two_ranks: dict[str, Any], tmp_path: Path) -> None:
             assert two_ranks["evaluate"][name] == pytest.approx(metrics[name], rel=1e-9)
 
 
+# Without the scope each case would have a launch of its own.
 @pytest.mark.parametrize(
-    ("zero", "case"), [(2, "names"), (3, "models"), (3, "tied"), (3, "names")], indirect=["zero"]
+    ("zero", "case"),
+    [(2, "names"), (3, "models"), (3, "tied"), (3, "names")],
+    indirect=["zero"],
+    scope="module",
 )
 def test_zero(zero: tuple[Path, dict[str, Any]], case: str, tmp_path: Path) -> None:
     """Traps 17, 19: DeepSpeed's ZeRO-2 and ZeRO-3: gradient, scores and the saved student are exact.
