@@ -91,7 +91,7 @@ GAPS: dict[str, tuple[str, dict[str, Any], str]] = {
     "SST-2, 300 labels, 2 layers": ("sst2", {"case": "300 labels", "depth": 2}, "accuracy"),
     "tinyshakespeare, 96 x 2": ("shakespeare", {"shape": "96 x 2"}, "perplexity"),
     "tinyshakespeare, 128 x 1": ("shakespeare", {"shape": "128 x 1"}, "perplexity"),
-    "tinyshakespeare, 64 x 5": ("shakespeare", {"shape": "64 x 5"}, "perplexity"),
+    "tinyshakespeare, 80 x 3": ("shakespeare", {"shape": "80 x 3"}, "perplexity"),
     "tinyshakespeare, 96 x 2, cut": ("shakespeare", {"shape": "96 x 2, cut"}, "perplexity"),
 }
 

@@ -155,7 +155,7 @@ def plot_shapes() -> None:
     best = (data or {}).get("best", {}).get("name")
     if data is None or best is None:
         return
-    shapes = [s for s in ("128 x 1", "96 x 2", "64 x 5", "96 x 2, cut") if runs(data, shape=s, arm=best)]
+    shapes = [s for s in ("128 x 1", "96 x 2", "80 x 3", "96 x 2, cut") if runs(data, shape=s, arm=best)]
     if len(shapes) < 2:
         return
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")

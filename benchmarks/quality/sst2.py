@@ -90,7 +90,7 @@ def main() -> None:
     data = Data(args.data, args.model or packaged_model(), settings["max_length"], args.max_rows)
     teacher = data.teacher(Path(args.work), args.teacher_rows)
     known = data.known(teacher, Path(args.work))
-    record.note(teacher={s: score(known[s], known[s], data.labels(s)) for s in ("dev", "test")})
+    record.taught_by({s: score(known[s], known[s], data.labels(s)) for s in ("dev", "test")})
     steps = args.epochs * args.train_rows // 32
     budgets = {
         depth: Budget(
@@ -160,7 +160,7 @@ def all_arms(arm: Callable[..., None], record: Record, data: Data, args: argpars
             arm(recipe, 2, 0, some, "labelled")
         record.note(best=described(best_on_dev(record, TRIED, case="labelled", depth=2, seed=0)))
         each((CONTROL, SAME, BY_HAND, DEFAULT, best()), 2, some, "labelled")
-        each((TEXTBREWER,), 2, some, "labelled")
+        each((TEXTBREWER, *TRIED), 2, some, "labelled")
 
     def best() -> Recipe:
         return best_on_dev(record, TRIED, case="labelled", depth=2, seed=0)
@@ -174,8 +174,8 @@ def all_arms(arm: Callable[..., None], record: Record, data: Data, args: argpars
     parts: dict[str, Callable[[], None]] = {
         "2": two_layers,
         "few": few_labels,
-        "1": lambda: each((CONTROL, SAME, BY_HAND, DEFAULT, best()), 1, some, "labelled"),
-        "3": lambda: each((CONTROL, SAME, BY_HAND, DEFAULT, best()), 3, some, "labelled"),
+        "1": lambda: each((CONTROL, SAME, BY_HAND, DEFAULT, TEXTBREWER, best()), 1, some, "labelled"),
+        "3": lambda: each((CONTROL, SAME, BY_HAND, DEFAULT, TEXTBREWER, best()), 3, some, "labelled"),
         "random": lambda: each((BY_HAND,), 2, some, "random start"),
     }
     for name, part in parts.items():
