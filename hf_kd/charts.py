@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, Locator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from hf_kd import curves
-from hf_kd.drawing import COLOURS, INK, MARKERS, OTHER_MARKERS, OTHERS, new_figure, style
+from hf_kd.drawing import COLOURS, INK, MARKERS, OTHER_MARKERS, OTHERS, logarithmic, new_figure, style
 from hf_kd.results import Results
 
 # More slices than this are in the table alone.
@@ -139,42 +138,6 @@ def _agreement(results: Results) -> Figure | None:
                 ink = "white" if share[i, j] > 0.5 else "black"
                 axes.text(j, i, str(count), ha="center", va="center", color=ink, fontsize=9)
     return figure
-
-
-def logarithmic(axes: Axes) -> None:
-    """A logarithmic x axis with numbers that a person would write, however much or little it spans."""
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(_RoundNumbers())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-class _RoundNumbers(Locator):
-    """The roundest numbers of which at least three are in view, and few enough for a phone."""
-
-    _MARKS = (
-        (1,),
-        (1, 3),
-        (1, 2, 5),
-        (1, 1.5, 2, 3, 4, 5, 7),
-        (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8),
-    )
-    _FEWEST, _MOST = 3, 6
-
-    def __call__(self) -> list[float]:
-        """Those of the axis as it is."""
-        return self.tick_values(*self.axis.get_view_interval())  # type: ignore[union-attr]
-
-    def tick_values(self, vmin: float, vmax: float) -> list[float]:
-        """Those between two numbers above 0."""
-        low, high = sorted((vmin, vmax))
-        decades = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
-        for marks in self._MARKS:
-            numbers = (float(f"{mark}e{decade}") for decade in decades for mark in marks)
-            found = [value for value in numbers if low <= value <= high]
-            if len(found) >= self._FEWEST:
-                return found[:: math.ceil(len(found) / self._MOST)]
-        return [value for value in MaxNLocator(3).tick_values(low, high) if low <= value <= high]
 
 
 def _positions(results: Results) -> Figure | None:

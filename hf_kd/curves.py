@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from matplotlib.figure import Figure
 
-from hf_kd.drawing import COLOURS, INK, OTHERS, new_figure
+from hf_kd.drawing import COLOURS, INK, OTHERS, logarithmic, new_figure
 from hf_kd.results import Results
 
 # Names in the log, beside the terms of the loss.
@@ -38,7 +38,7 @@ def _learning_rate(results: Results) -> Figure | None:
 
 def _balance(results: Results) -> Figure | None:
     """Norm of the gradient of the distillation term over that of the task term, as they are weighted."""
-    return _curves(results, {_RATIO: "ratio"}, "gradient norm, distillation / task", even=1.0)
+    return _curves(results, {_RATIO: "ratio"}, "gradient norm, distillation / task", ratio=True)
 
 
 def _mass(results: Results) -> Figure | None:
@@ -53,13 +53,15 @@ def _curves(
     label: str,
     *,
     threshold: bool = False,
-    even: float | None = None,
+    ratio: bool = False,
 ) -> Figure | None:
     palette = [*COLOURS.values(), *OTHERS]
     drawn = []
     for name, shown in names.items():
         points = [(row["step"], row[name]) for row in results.training if name in row and "step" in row]
-        points = [(step, value) for step, value in points if math.isfinite(value)]
+        points = [
+            (step, value) for step, value in points if math.isfinite(value) and (value > 0 or not ratio)
+        ]
         if len(points) > 1:
             drawn.append((shown, points))
     if not drawn:
@@ -71,12 +73,14 @@ def _curves(
     limit = options.get("kl_threshold") if isinstance(options, dict) else None
     if threshold and isinstance(limit, int | float):
         axes.axhline(limit, color=INK, linestyle=":", label=f"threshold {limit:g}")
-    if even is not None:
-        axes.axhline(even, color=INK, linestyle=":", label="the same")
+    if ratio:
+        axes.axhline(1.0, color=INK, linestyle=":", label="the same")
+        logarithmic(axes, "y")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(label)
     axes.margins(y=0.1)  # a marker on the edge would be cut
-    axes.set_ylim(bottom=0)
+    if not ratio:
+        axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     if len(axes.lines) > 1:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)  # never over a curve

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, Locator, MaxNLocator, NullLocator
 
 # Okabe and Ito's colours, which people tell apart whatever their colour vision; the arms differ in shape too.
 COLOURS = {"teacher": "#0072B2", "student": "#D55E00", "control": "#009E73"}
@@ -60,3 +63,40 @@ def new_figure(height: float = _HEIGHT) -> tuple[Figure, Axes]:
     """An empty chart."""
     figure = Figure(figsize=(_WIDTH, height))
     return figure, figure.add_subplot()
+
+
+def logarithmic(axes: Axes, which: Literal["x", "y"] = "x") -> None:
+    """A logarithmic axis with numbers that a person would write, however much or little it spans."""
+    axes.set(**{f"{which}scale": "log"})
+    axis: Axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(_RoundNumbers())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+class _RoundNumbers(Locator):
+    """The roundest numbers of which at least three are in view, and few enough for a phone."""
+
+    _MARKS = (
+        (1,),
+        (1, 3),
+        (1, 2, 5),
+        (1, 1.5, 2, 3, 4, 5, 7),
+        (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8),
+    )
+    _FEWEST, _MOST = 3, 6
+
+    def __call__(self) -> list[float]:
+        """Those of the axis as it is."""
+        return self.tick_values(*self.axis.get_view_interval())  # type: ignore[union-attr]
+
+    def tick_values(self, vmin: float, vmax: float) -> list[float]:
+        """Those between two numbers above 0."""
+        low, high = sorted((vmin, vmax))
+        decades = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+        for marks in self._MARKS:
+            numbers = (float(f"{mark}e{decade}") for decade in decades for mark in marks)
+            found = [value for value in numbers if low <= value <= high]
+            if len(found) >= self._FEWEST:
+                return found[:: math.ceil(len(found) / self._MOST)]
+        return [value for value in MaxNLocator(3).tick_values(low, high) if low <= value <= high]

@@ -11,8 +11,18 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from hf_kd.charts import logarithmic
-from hf_kd.drawing import COLOURS, INK, MARKERS, OTHER_MARKERS, OTHERS, new_figure, save_png, style, svg
+from hf_kd.drawing import (
+    COLOURS,
+    INK,
+    MARKERS,
+    OTHER_MARKERS,
+    OTHERS,
+    logarithmic,
+    new_figure,
+    save_png,
+    style,
+    svg,
+)
 from hf_kd.pages import environment
 from hf_kd.paired import between
 from hf_kd.records import write_text

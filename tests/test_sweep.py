@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 
 from hf_kd import cli
-from hf_kd.charts import logarithmic
-from hf_kd.drawing import new_figure, style
+from hf_kd.drawing import logarithmic, new_figure, style
 from hf_kd.results import Results
 from hf_kd.sweep import charts, combine, table
 
