@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from markupsafe import Markup
 
 from hf_kd.options import RunOptions
-from hf_kd.pages import content, environment
+from hf_kd.pages import CARD_CHARTS, content, environment, write_images
 from hf_kd.records import write_text
 from hf_kd.report import NOT_SHOWN
 from hf_kd.results import Results
@@ -41,7 +41,7 @@ _PIPELINES = {
 def write_card(
     results: Results, run: RunOptions, folder: Path, *, name: str | None = None, script: bool = False
 ) -> Path:
-    """Write `README.md`, the card of the student in a folder.
+    """Write `README.md`, the card of the student in a folder, and its charts as PNG beside it.
 
     Args:
         results: What the run found.
@@ -71,6 +71,7 @@ def write_card(
         .render(
             **{**content(shown), "title": repository},
             teacher=teacher or _described(run.teacher, results),
+            images=write_images(results, folder, CARD_CHARTS),
             control="control" in results.arms,
             repository=Markup(repository),  # a name of letters, digits, dots, dashes and slashes
             script=script,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,12 +17,12 @@ from hf_kd.results import Results
 _MOST_SLICES = 24
 
 
-def charts(results: Results) -> dict[str, Figure]:
-    """Every chart that the results have the numbers for, by name, in reading order."""
+def charts(results: Results, names: Collection[str] | None = None) -> dict[str, Figure]:
+    """Every chart (or those with these names) that the results have the numbers for, in reading order."""
     made: dict[str, Figure] = {}
-    for name, draw in _CHARTS.items():
+    for name in _CHARTS if names is None else names:
         with style():
-            figure = draw(results)
+            figure = _CHARTS[name](results)
         if figure is not None:
             made[name] = figure
     return made

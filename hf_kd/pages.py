@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ _CAPTIONS = {
     "balance": "Which term moves the weights: norms of the two gradients, weighted as in the loss",
     "mass": "Share of the distribution on the entries that the teacher gives",
 }
+#: The charts that a model card has too.
+CARD_CHARTS = ("quality", "cost")
 _SECTIONS = {
-    "Quality and cost": ("quality", "cost"),
+    "Quality and cost": CARD_CHARTS,
     "Quality by slice": ("slices",),
     "Behaviour": ("calibration", "agreement", "positions"),
     "Training": ("loss", "kl", "schedules", "learning-rate", "balance", "mass"),
@@ -83,14 +86,21 @@ def write_html(results: Results, folder: Path) -> Path:
 def write_markdown(results: Results, folder: Path) -> Path:
     """Write `report.md`, and its charts as `report-<name>.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    images = [
-        (save_png(figure, folder / f"report-{name}.png").name, _caption(results, name))
-        for name, figure in charts(results).items()
-    ]
+    images = write_images(results, folder)
     text = environment(autoescape=False).get_template(MARKDOWN_FILE).render(**content(results), images=images)
     path = folder / MARKDOWN_FILE
     write_text(path, text)
     return path
+
+
+def write_images(
+    results: Results, folder: Path, names: Collection[str] | None = None
+) -> list[tuple[Markup, str]]:
+    """Write charts as `report-<name>.png`: their files' names and captions, for Markdown."""
+    return [
+        (Markup(save_png(figure, folder / f"report-{name}.png").name), _caption(results, name))
+        for name, figure in charts(results, names).items()
+    ]
 
 
 def _caption(results: Results, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -32,6 +33,14 @@ def test_the_hubs_own_classes_read_the_metadata_back(tmp_path):
     assert found["accuracy"] == pytest.approx(0.97) and found["kl_to_teacher"] == pytest.approx(0.0423)
     assert "| accuracy (± SE) |" in card.text and results().verdict in card.text.replace("\\", "")
     assert 'AutoModelForImageClassification.from_pretrained("small_model")' in card.text
+
+
+def test_the_charts_of_quality_and_cost_lie_beside_the_card(tmp_path):
+    """As PNG, which the Hub shows; each is in the card, with a caption."""
+    shown = re.findall(r"!\[(.+?)\]\((\S+)\)", card_of(tmp_path, teacher="a/b", dataset="c/d").text)
+    assert [path for _, path in shown] == ["report-quality.png", "report-cost.png"]
+    for _, path in shown:
+        assert (tmp_path / "small_model" / path).read_bytes().startswith(b"\x89PNG")
 
 
 def test_paths_of_this_machine_are_in_no_card(tmp_path):
