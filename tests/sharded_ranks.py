@@ -6,6 +6,7 @@ Started by Accelerate with `hf_kd/accelerate/fsdp2.yaml` as `tests/sharded_ranks
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,4 +108,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as in conftest.py
     main(Path(sys.argv[1]))

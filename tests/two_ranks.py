@@ -6,6 +6,7 @@ the runs of `rank_teachers.py` on one rank.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -95,4 +96,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as in conftest.py
     main(Path(sys.argv[1]))
