@@ -13,8 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 #: Files that take longest begin first, so that at the end no worker waits for another one's long file.
 LONGEST = (
-    "test_notebooks.py", "test_distributed.py", "test_caching.py", "test_cli.py", "test_sharding.py",
-    "test_documents.py", "test_fusing.py", "test_run.py", "test_examples.py", "test_messages.py",
+    "test_notebooks.py", "test_cli.py", "test_distributed.py", "test_gradient.py", "test_run.py",
+    "test_stopped.py", "test_sharding.py", "test_fusing.py", "test_messages.py", "test_documents.py",
+    "test_caching.py", "test_examples.py",
 )  # fmt: skip
 
 
