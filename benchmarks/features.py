@@ -4,9 +4,8 @@
     python benchmarks/features.py --steps 10
 
 A step is `compute_loss` and its backward pass, through a `DistillationTrainer`, on one batch in memory. All
-variants take turns step by step in one process, in an order that changes; what is compared is processor time.
-Other programs on the machine only add to it (caches, memory), so the ratio to the step without losses on
-layers is that of the least over rounds; the median over rounds of each round's ratio is written beside it.
+variants take turns step by step in one process, in an order that changes; what is compared is processor time,
+as the median over rounds of the ratio to the step without losses on layers: a processor's speed drifts.
 "hooks" captures what "hidden" compares, and compares nothing. All on the CPU, one thread, fp32. Memory that
 is freed stays with the process: else a variant pays for what the one before it gave back.
 """
@@ -114,7 +113,7 @@ def step_of(name: str, variant: str, folder: str) -> tuple[Callable[[], Any], An
 
 
 def compare(name: str, steps: int, folder: str) -> dict[str, dict[str, float]]:
-    """Each variant's least processor time over rounds, its ratio to that of none, and the median ratio."""
+    """Each variant's least processor time, and the median over rounds of its ratio to the step without."""
     found = {variant: step_of(name, variant, folder) for variant in VARIANTS}
     times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     order = list(VARIANTS)
@@ -130,11 +129,8 @@ def compare(name: str, steps: int, folder: str) -> dict[str, dict[str, float]]:
                 times[variant].append(spent)
     return {
         variant: {
-            "milliseconds": round(1000 * min(spent), 1),
-            "ratio": round(min(spent) / min(times["none"]), 4),
-            "median_ratio": round(
-                statistics.median(a / b for a, b in zip(spent, times["none"], strict=True)), 4
-            ),
+            "least_milliseconds": round(1000 * min(spent), 1),
+            "ratio": round(statistics.median(a / b for a, b in zip(spent, times["none"], strict=True)), 4),
         }
         for variant, spent in times.items()
     }
