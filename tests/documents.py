@@ -49,7 +49,11 @@ RUN = (
     "teachers.md",
     "students.md",
     "features.md",
+    "losses.md",
 )
+
+#: What "..." stands for, "the options of your run", where such a command is run.
+YOUR_RUN = ["--config", "my.yaml"]
 
 #: Commands on those pages that are parsed and not run: the beginning, and why.
 NOT_RUN: dict[str, str] = {
