@@ -14,6 +14,8 @@ from torch import nn
 
 from .tasks import TASKS, task_of_class
 
+logger = logging.getLogger(__name__)
+
 
 class NewHeadError(ValueError):
     """A checkpoint has no weights for the head that was asked for."""
@@ -61,7 +63,7 @@ def load_model(
     auto_class = getattr(transformers, TASKS[task].auto_class)
     extra: dict[str, Any] = {"device_map": device_map} if device_map else {}
     try:
-        with _whole(), contextlib.nullcontext() if new_head else _unreported():
+        with _whole(), _unreported():
             model, info = auto_class.from_pretrained(
                 name_or_path,
                 dtype="auto" if dtype is None else dtype,
@@ -74,19 +76,21 @@ def load_model(
     except OSError as error:
         raise _cannot_load(name_or_path, role, error) from error
     absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
-    if absent and not new_head:
+    named = ", ".join(absent[:4]) + (" ..." if len(absent) > 4 else "")
+    if absent and new_head:
+        logger.warning("%s=%r: %d weights are new, to be trained: %s", role, name_or_path, len(absent), named)
+    elif absent:
         raise NewHeadError(
-            f"{role}={name_or_path!r} has no weights for "
-            f"{', '.join(absent[:4])}{' ...' if len(absent) > 4 else ''}: "
-            f"that part of {type(model).__name__} would be random. Fine-tune the {role} on the task first "
-            "(on the command line: train_teacher=true), or choose a checkpoint that was."
+            f"{role}={name_or_path!r} has no weights for {named}: that part of {type(model).__name__} would "
+            f"be random. Fine-tune the {role} on the task first (on the command line: train_teacher=true) or "
+            "choose a checkpoint that was."
         )
     return model
 
 
 @contextlib.contextmanager
 def _unreported() -> Iterator[None]:
-    """Leave out Transformers' table of weights that are missing: the error names them."""
+    """Leave out Transformers' table of weights that are missing: the error or one line names them."""
 
     def of_something_else(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in str(record.msg) or "MISSING" not in str(record.msg)
@@ -115,14 +119,20 @@ def _whole() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = active
 
 
-def task_of_checkpoint(name_or_path: str, *, role: str, **shared: Any) -> str:
-    """The task of a checkpoint, from the architecture that its config names."""
+def config_of_checkpoint(name_or_path: str, *, role: str, **shared: Any) -> Any:
+    """The config of a checkpoint, without its weights."""
     from transformers import AutoConfig
 
+    check_path(name_or_path, role)
     try:
-        config = AutoConfig.from_pretrained(name_or_path, **shared)
+        return AutoConfig.from_pretrained(name_or_path, **shared)
     except (OSError, ValueError) as error:
         raise _cannot_load(name_or_path, role, error) from error
+
+
+def task_of_checkpoint(name_or_path: str, *, role: str, **shared: Any) -> str:
+    """The task of a checkpoint, from the architecture that its config names."""
+    config = config_of_checkpoint(name_or_path, role=role, **shared)
     for architecture in config.architectures or []:
         task = task_of_class(architecture)
         if task is not None:

@@ -158,6 +158,6 @@ def head_of(names: list[str], problem_type: str | None) -> dict[str, Any]:
     }
 
 
-def labels_of(model: Any) -> Any:
+def labels_of(config: Any) -> Any:
     """A model's label names by number, or None."""
-    return getattr(model.config, "id2label", None)
+    return getattr(config, "id2label", None)

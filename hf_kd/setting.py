@@ -21,7 +21,7 @@ from hf_kd.data.processors import load_processor
 from hf_kd.data.sources import load_raw
 from hf_kd.elsewhere import Elsewhere, is_elsewhere
 from hf_kd.fresh import fresh_student
-from hf_kd.loading import check_path, load_model, task_of_checkpoint
+from hf_kd.loading import check_path, config_of_checkpoint, load_model, task_of_checkpoint
 from hf_kd.metrics import BUILT_IN
 from hf_kd.options import RunOptions, as_mapping, nearest, raise_problems
 from hf_kd.progress import follow
@@ -133,7 +133,7 @@ def load(run: RunOptions, args: DistillationArguments) -> Setting:
         with args.main_process_first(desc="the student's tokens"):
             processor, vocab = cutting.trimmed(run, teacher_processor, teacher_data)
     student = student or load_student(run, args, teacher, teacher_data, vocab, console)
-    same = processor is teacher_processor and labels_of(student) == labels_of(teacher)
+    same = processor is teacher_processor and labels_of(student.config) == labels_of(teacher.config)
     same = same or isinstance(teacher, Elsewhere)
     # A trimmed student's ids are turned into the teacher's, which needs no columns of its own.
     beside = None if cutting.is_trimmed(student) else teacher_processor
@@ -259,14 +259,10 @@ def load_student(
         return made
     if run.student_config is not None:
         return fresh_student(teacher, as_mapping(run.student_config), seed=args.seed)
-    loading: dict[str, Any] = {
-        "role": "student",
-        "new_head": True,
-        "trust_remote_code": args.trust_remote_code,
-    }
-    student = load_model(str(run.student), run.task, **loading)
-    theirs, ours = labels_of(teacher), labels_of(student)
-    if theirs is None or ours is None or {*ours.values()} == {*theirs.values()}:
-        return student  # type: ignore[return-value]
-    head = head_of(list(theirs.values()), getattr(teacher.config, "problem_type", None))
-    return load_model(str(run.student), run.task, **loading, **head)  # type: ignore[return-value]
+    loading: dict[str, Any] = {"role": "student", "trust_remote_code": args.trust_remote_code}
+    theirs = labels_of(teacher.config)
+    ours = labels_of(config_of_checkpoint(str(run.student), **loading))
+    head = {}
+    if theirs is not None and ours is not None and {*ours.values()} != {*theirs.values()}:
+        head = head_of(list(theirs.values()), getattr(teacher.config, "problem_type", None))
+    return load_model(str(run.student), run.task, new_head=True, **loading, **head)  # type: ignore[return-value]

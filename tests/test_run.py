@@ -237,8 +237,13 @@ def test_a_student_of_its_own_keeps_its_label_order(texts, tmp_path):
     assert set(results.arms) == {"teacher", "student", "control"}
 
 
-def test_a_student_without_a_head_gets_the_teachers_labels(texts, tmp_path):
+def test_a_student_without_a_head_gets_the_teachers_labels(texts, tmp_path, caplog):
+    """What is new of it is one line."""
     setting = settings.load(*text_run(texts, tmp_path, student="headless"))
+    new = [record.getMessage() for record in caplog.records if "classifier" in record.getMessage()]
+    assert len(new) == 1 and new[0].endswith(
+        "2 weights are new, to be trained: classifier.bias, classifier.weight"
+    )
     assert setting.student.config.id2label == {0: "negative", 1: "positive"}
     assert setting.data is setting.teacher_data or len(setting.data.eval) == len(setting.teacher_data.eval)
 
