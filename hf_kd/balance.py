@@ -16,6 +16,8 @@ from .options.layers import FEATURE_WEIGHTS
 from .sharding import in_pieces
 
 if TYPE_CHECKING:
+    from transformers import TrainerState
+
     from .config import DistillationArguments
     from .objective import Counts
     from .trainer import DistillationTrainer
@@ -65,12 +67,12 @@ class Balance:
             RuntimeError: If it fails, and the option asked for it.
         """
         mix, state = trainer.mix(), trainer.state
-        due = self.due(state.global_step, state.max_steps, _logs(trainer.args, state.max_steps))
+        due = self.due(state.global_step, state.max_steps, _logs(trainer.args, state))
         if self._stopped or not due or not 0.0 < mix.alpha < 1.0:
             return
         reason = self._obstacle(trainer)
         if reason is not None:
-            self._stop(reason)
+            self._stop(reason, logging.INFO if self.times is None else logging.WARNING)
             return
         student, device = trainer.student, trainer.args.device
         weights = [p for p in [*student.parameters(), *trainer.projections.parameters()] if p.requires_grad]
@@ -90,7 +92,7 @@ class Balance:
                 if float(trainer.accelerator.reduce(failed, reduction="sum")) > 0:
                     if self.times is not None and problem is not None:
                         raise problem
-                    self._stop(f"it failed ({problem or 'on another rank'})")
+                    self._stop(f"it failed ({problem or 'on another rank'})", logging.WARNING)
                     return
                 norms[name] = _norm(trainer, total, weights)
         task, kd = (1.0 - mix.alpha) * norms["task"], mix.alpha * norms["kd"]
@@ -109,10 +111,9 @@ class Balance:
             return "losses on layers are no part of either term"
         return None
 
-    def _stop(self, reason: str) -> None:
-        """Say once, loudly if it was asked for, that nothing is measured."""
+    def _stop(self, reason: str, level: int) -> None:
+        """Say once that nothing is measured."""
         self._stopped = True
-        level = logging.INFO if self.times is None else logging.WARNING
         logger.log(level, "term_gradients=%s: nothing is measured: %s", self.times, reason)
 
     def take(self) -> dict[str, float]:
@@ -121,13 +122,12 @@ class Balance:
         return found
 
 
-def _logs(args: DistillationArguments, total: int) -> int:
+def _logs(args: DistillationArguments, state: TrainerState) -> int:
     """How often a run logs its loss."""
     strategy = str(getattr(args.logging_strategy, "value", args.logging_strategy))
     if strategy == "epoch":
         return math.ceil(args.num_train_epochs)
-    each = args.logging_steps if args.logging_steps >= 1 else max(1, math.ceil(args.logging_steps * total))
-    return int(total // each) if strategy == "steps" else 0
+    return int(state.max_steps // state.logging_steps) if strategy == "steps" else 0
 
 
 def _gradients(

@@ -120,6 +120,18 @@ def evaluate(
     return replace(found, errors=_errors(found, samples), samples=samples)
 
 
+def wiring_of(trainer: DistillationTrainer) -> dict[str, Any]:
+    """What a trainer that evaluates another model in the same way takes over."""
+    return {
+        "task": trainer.task,
+        "eval_dataset": trainer.eval_dataset,
+        "data_collator": trainer.data_collator,
+        "compute_metrics": trainer.compute_metrics,
+        "preprocess_logits_for_metrics": trainer.preprocess_logits_for_metrics,
+        "processing_class": trainer.processing_class,
+    }
+
+
 @contextmanager
 def _watched(trainer: DistillationTrainer) -> Iterator[list[EvalPrediction]]:
     """What the metrics of an evaluation are computed from."""

@@ -152,20 +152,9 @@ def _evaluator(trainer: DistillationTrainer, model: Any, teacher: Any) -> Distil
         model,
         args,
         teacher=teacher,
-        task=trainer.task,
         teacher_processing_class=trainer.teacher_processing_class,
-        **_wiring(trainer),
+        **evaluating.wiring_of(trainer),
     )
-
-
-def _wiring(trainer: DistillationTrainer) -> dict[str, Any]:
-    return {
-        "eval_dataset": trainer.eval_dataset,
-        "data_collator": trainer.data_collator,
-        "compute_metrics": trainer.compute_metrics,
-        "preprocess_logits_for_metrics": trainer.preprocess_logits_for_metrics,
-        "processing_class": trainer.processing_class,
-    }
 
 
 def _primary(

@@ -75,7 +75,7 @@ def load_model(
             )
     except OSError as error:
         raise _cannot_load(name_or_path, role, error) from error
-    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+    absent = sorted(info["missing_keys"]) + sorted(key for key, *_ in info.get("mismatched_keys", ()))
     named = ", ".join(absent[:4]) + (" ..." if len(absent) > 4 else "")
     if absent and new_head:
         logger.warning("%s=%r: %d weights are new, to be trained: %s", role, name_or_path, len(absent), named)
@@ -90,10 +90,11 @@ def load_model(
 
 @contextlib.contextmanager
 def _unreported() -> Iterator[None]:
-    """Leave out Transformers' table of weights that are missing: the error or one line names them."""
+    """Leave out Transformers' table of weights that are missing or do not fit: we name them in one line."""
 
     def of_something_else(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in str(record.msg) or "MISSING" not in str(record.msg)
+        said = str(record.msg)
+        return "LOAD REPORT" not in said or not ("MISSING" in said or "MISMATCH" in said)
 
     loader = logging.getLogger("transformers.modeling_utils")
     loader.addFilter(of_something_else)

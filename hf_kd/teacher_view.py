@@ -38,16 +38,8 @@ def evaluate_teacher(against: DistillationTrainer, rows: Any, primary: str | Non
         return Evaluation(dict(KNOWN))  # what it predicts has no place among the student's labels
     assert against.teacher is not None
     view = TeacherView(against.teacher, classes, against.task, getattr(against.student, "config", None))
-    own = DistillationTrainer(
-        view,
-        dataclasses.replace(against.args, alpha=0.0),
-        task=against.task,
-        eval_dataset=against.eval_dataset,
-        data_collator=against.data_collator,
-        compute_metrics=against.compute_metrics,
-        preprocess_logits_for_metrics=against.preprocess_logits_for_metrics,
-        processing_class=against.processing_class,
-    )
+    args = dataclasses.replace(against.args, alpha=0.0)
+    own = DistillationTrainer(view, args, **evaluating.wiring_of(against))
     return evaluating.evaluate(own, rows, known=KNOWN, primary=primary)
 
 

@@ -18,6 +18,7 @@ from hf_kd import run_teacher
 from hf_kd import setting as settings
 from hf_kd.config import parse
 from hf_kd.data.processors import train_tokenizer
+from hf_kd.loading import load_model
 from hf_kd.results import Results
 from hf_kd.trainer import DistillationTrainer
 
@@ -248,21 +249,37 @@ def test_a_student_without_a_head_gets_the_teachers_labels(texts, tmp_path, capl
     assert setting.data is setting.teacher_data or len(setting.data.eval) == len(setting.teacher_data.eval)
 
 
+@contextlib.contextmanager
+def heard():
+    """What Transformers logs, as text."""
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        yield said
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+
+
+def test_a_head_of_another_size_is_one_line_and_no_table(texts, caplog):
+    with heard() as theirs:
+        load_model(
+            str(texts / "teacher"), "sequence-classification", role="student", new_head=True, num_labels=5
+        )
+    assert "classifier" not in theirs.getvalue()
+    assert caplog.messages[-1].endswith(
+        "2 weights are new, to be trained: classifier.bias, classifier.weight"
+    )
+
+
 def test_a_teacher_without_a_head_is_refused_unless_it_is_trained(texts, tmp_path):
     """Trap 37: a head that was just initialised at random teaches noise. Said once, by the error."""
-    said = io.StringIO()
-    heard = logging.StreamHandler(said)
-    logging.getLogger("transformers").addHandler(heard)
-    try:
-        with pytest.raises(ValueError, match="classifier.*would be random"):
-            settings.load(
-                *text_run(
-                    texts, tmp_path, "--teacher", str(texts / "headless"), "--task", "sequence-classification"
-                )
-            )
-    finally:
-        logging.getLogger("transformers").removeHandler(heard)
-    assert "classifier" not in said.getvalue()
+    headless = text_run(
+        texts, tmp_path, "--teacher", str(texts / "headless"), "--task", "sequence-classification"
+    )
+    with heard() as theirs, pytest.raises(ValueError, match="classifier.*would be random"):
+        settings.load(*headless)
+    assert "classifier" not in theirs.getvalue()
     run, args = text_run(texts, tmp_path, "--teacher", str(texts / "headless"), "--train_teacher",
                          "--task", "sequence-classification", "--teacher_epochs", "1")  # fmt: skip
     setting = settings.with_trained_teacher(settings.load(run, args))
